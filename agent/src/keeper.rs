@@ -1,0 +1,177 @@
+//! The keeper: a small process between a worker and what it runs.
+//!
+//! All that a call starts is a descendant of its slot's keeper, and stays one: the keeper is a
+//! subreaper, so that whatever outlives its parent, or calls `setsid`, becomes the keeper's child.
+//! So it can end all of it, and it does when the runtime child ends, when the worker says so and when
+//! the worker is gone, however it died. It is a session of its own and never gets a terminal's
+//! signals. It also watches the memory of all it keeps.
+//!
+//! The worker's side is [`Keeper`]; the process's is [`process::main`].
+
+mod limit;
+pub(crate) mod process;
+mod tree;
+
+use std::{
+    collections::BTreeMap,
+    io,
+    mem::MaybeUninit,
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::process::ExitStatusExt,
+    },
+    path::{Path, PathBuf},
+    process::{ExitStatus, Stdio},
+};
+
+use burla_core::wire;
+use bytes::Bytes;
+use rustix::net::{
+    AddressFamily, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketFlags, SocketType,
+    recv, sendmsg, socketpair,
+};
+use serde::{Deserialize, Serialize};
+use tokio::{io::Interest, net::UnixStream};
+
+use crate::reenter::{Reenter, Role};
+
+/// Longer than any message between a worker and its keeper: an environment fits.
+const LONGEST: usize = 1 << 20;
+
+/// What a worker tells its keeper.
+#[derive(Debug, Serialize, Deserialize)]
+enum Order {
+    /// Start the runtime child. Four descriptors come along: stdin, stdout, stderr, shared memory.
+    Start(Program),
+    /// Kill all that was started.
+    Kill,
+    /// End without touching the scratch folder: the worker ends in good order.
+    Leave,
+}
+
+/// A program to start.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct Program {
+    /// The program and its arguments.
+    pub(crate) argv: Vec<String>,
+    /// The whole environment.
+    pub(crate) env: BTreeMap<String, String>,
+    /// The variable that tells the shared memory's descriptor.
+    pub(crate) shared_variable: String,
+    /// Where it starts.
+    pub(crate) cwd: PathBuf,
+    /// Bytes of memory that it and its descendants may use together.
+    pub(crate) memory: Option<u64>,
+}
+
+/// What a keeper tells its worker.
+#[derive(Debug, Serialize, Deserialize)]
+enum Report {
+    /// The runtime child could not be started.
+    NotStarted(String),
+    /// The runtime child, and all that it left behind, is gone.
+    Ended {
+        /// As `wait` gives it.
+        status: i32,
+        /// With a memory limit that was exceeded: the most that was measured.
+        exceeded: Option<u64>,
+    },
+}
+
+/// How a runtime child ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Ended {
+    /// It never ran.
+    NotStarted(String),
+    /// It exited, or was killed by a signal.
+    Status(ExitStatus),
+    /// It was killed because it used so many bytes of memory.
+    Memory(u64),
+    /// Its keeper died.
+    Lost,
+}
+
+/// A worker's hold on its keeper. Dropping it ends all that the keeper keeps.
+#[derive(Debug)]
+pub(crate) struct Keeper {
+    /// Of sequenced packets, whatever its type says: tokio has none for those.
+    socket: UnixStream,
+    process: std::process::Child,
+}
+
+impl Keeper {
+    /// Starts a keeper, which removes `scratch` should this process die without a word.
+    pub(crate) fn start(reenter: &Reenter, scratch: &Path) -> io::Result<Self> {
+        let flags = SocketFlags::CLOEXEC;
+        let (ours, theirs) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?;
+        let ours = std::os::unix::net::UnixStream::from(ours);
+        ours.set_nonblocking(true)?;
+        let process = reenter
+            .command(Role::Keeper)
+            .arg(scratch)
+            .stdin(Stdio::from(theirs))
+            .stdout(Stdio::null())
+            .spawn()?;
+        Ok(Self { socket: UnixStream::from_std(ours)?, process })
+    }
+
+    /// Starts the runtime child.
+    pub(crate) fn run(&self, program: Program, fds: [OwnedFd; 4]) -> io::Result<()> {
+        let fds = fds.each_ref().map(AsFd::as_fd);
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(4))];
+        let mut ancillary = SendAncillaryBuffer::new(&mut space);
+        ancillary.push(SendAncillaryMessage::ScmRights(&fds));
+        self.send(&Order::Start(program), &mut ancillary)
+    }
+
+    /// Kills all that was started. What is left to [`Keeper::ended`] is to tell when it is gone.
+    pub(crate) fn kill(&self) {
+        // A keeper that can't be told is gone, and `ended` says so.
+        let _ = self.send(&Order::Kill, &mut SendAncillaryBuffer::default());
+    }
+
+    fn send(&self, order: &Order, ancillary: &mut SendAncillaryBuffer<'_, '_, '_>) -> io::Result<()> {
+        let message = wire::encode(order, &[]);
+        if message.len() > LONGEST {
+            return Err(io::Error::other("the environment is longer than a process may have"));
+        }
+        let parts = [io::IoSlice::new(&message)];
+        sendmsg(&self.socket, &parts, ancillary, SendFlags::NOSIGNAL)?;
+        Ok(())
+    }
+
+    /// Waits until the runtime child and all its descendants are gone. Cancel-safe.
+    pub(crate) async fn ended(&self) -> Ended {
+        match self.report().await {
+            Ok(Report::NotStarted(why)) => Ended::NotStarted(why),
+            Ok(Report::Ended { exceeded: Some(bytes), .. }) => Ended::Memory(bytes),
+            Ok(Report::Ended { status, exceeded: None }) => Ended::Status(ExitStatus::from_raw(status)),
+            Err(_) => Ended::Lost,
+        }
+    }
+
+    async fn report(&self) -> io::Result<Report> {
+        let mut buffer = vec![0; 4096];
+        let len = loop {
+            self.socket.readable().await?;
+            let read = self.socket.try_io(Interest::READABLE, || {
+                let (len, _) = recv(&self.socket, &mut buffer, RecvFlags::empty())?;
+                Ok(len)
+            });
+            match read {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                read => break read?,
+            }
+        };
+        let (report, _) = wire::decode(&Bytes::from(buffer).slice(..len)).map_err(io::Error::other)?;
+        Ok(report)
+    }
+}
+
+impl Drop for Keeper {
+    fn drop(&mut self) {
+        let _ = self.send(&Order::Leave, &mut SendAncillaryBuffer::default());
+        // It kills what it keeps and ends; that takes a few milliseconds.
+        let _ = self.process.wait();
+    }
+}

@@ -1,0 +1,417 @@
+//! The worker: takes input messages of one job, has its runtime run them, and tells the results.
+//!
+//! It decides what happens to a call that did not return: who is charged, what is repeated, when it
+//! is given up. An input message is deleted only after all its results are in the result queue.
+
+use std::{collections::VecDeque, future::Future, pin::Pin, sync::Arc, time::Duration};
+
+use burla_core::{
+    envelope::{Body, InputHeader},
+    ids::JobId,
+    job::JobSpec,
+    queue::{self, Delivery, LONGEST_POLL, Queue, Receipt},
+    record::{self, Failure, FailureKind, Outcome, Record},
+    store::{self, ObjectStore},
+    wire,
+};
+use bytes::{Bytes, BytesMut};
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
+
+use crate::{
+    command::describe,
+    files::Files,
+    keeper::Ended,
+    outbox::{self, Outbox},
+    runtime::{Event, Runtime, Unable, View},
+};
+
+/// How long an input message is hidden from the other workers, unless it is renewed.
+const LEASE: Duration = Duration::from_secs(30);
+
+/// When leases are renewed: two renewals may fail before the message is given to somebody else.
+const RENEW: Duration = Duration::from_secs(10);
+
+/// How often the running call is looked at.
+const TICK: Duration = Duration::from_millis(20);
+
+/// How often a call whose process dies is repeated.
+const CRASH_REPEATS: u32 = 2;
+
+/// How often a call that used too much memory is repeated.
+const MEMORY_REPEATS: u32 = 1;
+
+/// How often a process may die between calls, one after another.
+const IDLE_DEATHS: u32 = 3;
+
+/// One slot's work on one job.
+pub(crate) struct Worker {
+    pub(crate) job: JobId,
+    pub(crate) spec: JobSpec,
+    pub(crate) inputs: String,
+    pub(crate) queue: Arc<dyn Queue>,
+    pub(crate) store: Arc<dyn ObjectStore>,
+    pub(crate) runtime: Box<dyn Runtime>,
+    pub(crate) outbox: Outbox,
+    pub(crate) files: Files,
+    pub(crate) state: State,
+}
+
+/// Where a worker stands.
+#[derive(Default)]
+pub(crate) struct State {
+    /// The message that it works on.
+    message: Option<Message>,
+    /// The one that it works on next.
+    prefetched: Option<Delivery>,
+    /// The view that its runtime is running.
+    running: Option<Running>,
+    started: bool,
+    /// Whether some call has begun: until then, a death is the loading's.
+    begun: bool,
+    idle_deaths: u32,
+}
+
+/// An input message that is being worked on.
+struct Message {
+    receipt: Receipt,
+    first: u64,
+    inputs: Bytes,
+    range: std::ops::Range<u32>,
+    todo: VecDeque<Task>,
+    renewed: Instant,
+}
+
+/// Inputs of a batch that are to be run, and what was charged to the first of them.
+#[derive(Clone, Debug)]
+struct Task {
+    from: u32,
+    to: u32,
+    /// How often it was called.
+    calls: u32,
+    /// How often it failed of itself.
+    failures: u32,
+    crashes: u32,
+    over_memory: u32,
+}
+
+impl Task {
+    fn fresh(from: u32, to: u32) -> Self {
+        Self { from, to, calls: 0, failures: 0, crashes: 0, over_memory: 0 }
+    }
+}
+
+struct Running {
+    task: Task,
+    /// How many of its inputs have a record.
+    done: u32,
+    /// The call that is running, and since when it was seen.
+    call: Option<(u64, Instant)>,
+    timed_out: bool,
+}
+
+/// Why a worker ended.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Error {
+    #[error(transparent)]
+    Queue(#[from] queue::Error),
+    #[error(transparent)]
+    Store(#[from] store::Error),
+    #[error("failed to reach the process that runs the calls: {0}")]
+    Io(#[from] std::io::Error),
+    #[error(transparent)]
+    Wire(#[from] wire::Error),
+}
+
+impl From<outbox::Error> for Error {
+    fn from(error: outbox::Error) -> Self {
+        match error {
+            outbox::Error::Queue(error) => error.into(),
+            outbox::Error::Store(error) => error.into(),
+        }
+    }
+}
+
+type Poll = Pin<Box<dyn Future<Output = Result<Vec<Delivery>, queue::Error>> + Send>>;
+
+impl Worker {
+    /// Works until the job's queues are gone. Dropping it kills what it runs.
+    pub(crate) async fn run(mut self) -> Result<(), Error> {
+        let mut poll = self.poll();
+        let mut tick = interval(TICK);
+        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            let due = self.outbox.due();
+            tokio::select! {
+                biased;
+                event = self.runtime.next(), if self.state.started => self.on_event(event).await?,
+                () = sleep_until(due.unwrap_or_else(Instant::now)), if due.is_some() => self.outbox.flush().await?,
+                deliveries = &mut poll, if self.state.prefetched.is_none() => {
+                    match deliveries {
+                        Ok(deliveries) => self.state.prefetched = deliveries.into_iter().next(),
+                        Err(queue::Error::NoQueue(_)) => return Ok(()),
+                        Err(_) => tokio::time::sleep(Duration::from_secs(1)).await,
+                    }
+                    poll = self.poll();
+                }
+                _ = tick.tick(), if self.state.message.is_some() => self.on_tick().await?,
+            }
+            if self.state.message.is_none()
+                && let Some(delivery) = self.state.prefetched.take()
+            {
+                self.begin(delivery).await?;
+            }
+        }
+    }
+
+    fn poll(&self) -> Poll {
+        let (queue, inputs) = (self.queue.clone(), self.inputs.clone());
+        Box::pin(async move { queue.receive(&inputs, 1, LEASE, LONGEST_POLL).await })
+    }
+
+    /// Takes a message up.
+    async fn begin(&mut self, delivery: Delivery) -> Result<(), Error> {
+        let (header, tail): (InputHeader, Bytes) = wire::decode(&delivery.body)?;
+        if header.job != self.job {
+            // Not ours to read, nor to delete.
+            return Ok(());
+        }
+        if !self.state.started {
+            self.runtime.start().await?;
+            self.state.started = true;
+        }
+        let body = match &header.body {
+            Body::Inline => tail,
+            Body::Object { key, .. } => self.store.get(key, None).await?.content,
+        };
+        let range = header.from..header.to;
+        let inputs = body.slice(..usize::try_from(header.inputs_len).unwrap_or(usize::MAX).min(body.len()));
+        self.files.lay(&header, body.slice(inputs.len()..), &*self.store).await?;
+        let first = Task { calls: header.attempts, ..Task::fresh(range.start, range.end) };
+        self.state.message = Some(Message {
+            receipt: delivery.receipt,
+            first: header.first,
+            inputs,
+            todo: [first].into(),
+            range,
+            renewed: Instant::now(),
+        });
+        self.feed().await
+    }
+
+    /// Gives the runtime its next view, or ends the message.
+    async fn feed(&mut self) -> Result<(), Error> {
+        let Some(message) = &mut self.state.message else { return Ok(()) };
+        let Some(mut task) = message.todo.pop_front() else { return self.finish().await };
+        if task.calls > 0 && task.to > task.from + 1 {
+            // Only the first was called before: the others are views of their own.
+            message.todo.push_front(Task::fresh(task.from + 1, task.to));
+            task.to = task.from + 1;
+        }
+        let view =
+            View { first: message.first, from: task.from, to: task.to, inputs: message.inputs.clone() };
+        self.state.running = Some(Running { task, done: 0, call: None, timed_out: false });
+        match self.runtime.feed(&view).await {
+            // It died meanwhile, and says so next.
+            Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
+            fed => Ok(fed?),
+        }
+    }
+
+    /// All inputs of the message have results: tell them, then delete it.
+    async fn finish(&mut self) -> Result<(), Error> {
+        self.outbox.flush().await?;
+        if let Some(message) = self.state.message.take() {
+            self.queue.acknowledge(&self.inputs, &[message.receipt]).await?;
+            self.files.clear(message.first, message.range).await;
+        }
+        Ok(())
+    }
+
+    async fn on_event(&mut self, event: Event) -> Result<(), Error> {
+        match event {
+            Event::Logs(lines) => self.outbox.log(lines),
+            Event::Records { bytes, count } => self.on_records(bytes, count),
+            Event::Done(reached) => {
+                self.state.idle_deaths = 0;
+                let running = self.state.running.take();
+                if let (Some(running), Some(message)) = (running, &mut self.state.message)
+                    && reached < running.task.to
+                {
+                    message.todo.push_front(Task::fresh(reached, running.task.to));
+                }
+                self.feed().await?;
+            }
+            Event::Unable(why) => self.give_up(why).await?,
+            Event::Ended(ended) => self.on_ended(ended).await?,
+        }
+        Ok(())
+    }
+
+    /// Records of the next `count` inputs of the running view.
+    fn on_records(&mut self, mut bytes: Bytes, count: u32) {
+        let (Some(message), Some(running)) = (&mut self.state.message, &mut self.state.running) else { return };
+        self.state.begun = true;
+        let task = &running.task;
+        let mut position = task.from + running.done;
+        running.done += count;
+        let attempts = task.calls + 1;
+        if task.failures >= self.spec.retries {
+            self.outbox.records(message.first + u64::from(position), count, attempts, &bytes);
+            return;
+        }
+        while let Some(len) = record::first_len(&bytes) {
+            let record = bytes.split_to(len);
+            if record::first_failed(&record) {
+                let again = Task { from: position, to: position + 1, calls: attempts, ..task.clone() };
+                message.todo.push_back(Task { failures: task.failures + 1, ..again });
+            } else {
+                self.outbox.records(message.first + u64::from(position), 1, attempts, &record);
+            }
+            position += 1;
+        }
+    }
+
+    /// The process that ran the calls is gone: one call is charged, the others run again elsewhere.
+    async fn on_ended(&mut self, ended: Ended) -> Result<(), Error> {
+        if let Ended::NotStarted(why) = &ended {
+            let message = format!("the program that runs the calls could not be started: {why}");
+            return self.give_up(Unable { message, hint: None, traceback: None, usage: false }).await;
+        }
+        let running = self.state.running.take();
+        let called = self.runtime.running();
+        if called.is_none() {
+            self.state.idle_deaths += 1;
+            if !self.state.begun || self.state.idle_deaths > IDLE_DEATHS {
+                let what = if self.state.begun { "between calls" } else { "while it loaded the function" };
+                let message = format!("the process that runs the calls ended {what}: {}", why(&ended));
+                return self.give_up(Unable { message, hint: None, traceback: None, usage: true }).await;
+            }
+        }
+        if let (Some(running), Some(message)) = (running, &mut self.state.message) {
+            let at = running.task.from + running.done;
+            if at < running.task.to {
+                let rest = match called {
+                    None => at,
+                    Some(_) => at + 1,
+                };
+                if rest < running.task.to {
+                    message.todo.push_front(Task::fresh(rest, running.task.to));
+                }
+                if called.is_some() {
+                    self.state.begun = true;
+                    self.charge(&running, at, &ended);
+                }
+            }
+        }
+        self.runtime.start().await?;
+        self.feed().await
+    }
+
+    /// Charges the end of its process to the call at position `at`: it is repeated, or has failed.
+    fn charge(&mut self, running: &Running, at: u32, ended: &Ended) {
+        let Some(message) = &mut self.state.message else { return };
+        // What was charged so far is the first input's of the view alone.
+        let before = if running.done == 0 { running.task.clone() } else { Task::fresh(at, at + 1) };
+        let mut task = Task { from: at, to: at + 1, calls: before.calls + 1, ..before };
+        let (kind, again, why) = if running.timed_out {
+            task.failures += 1;
+            let limit = self.spec.timeout.unwrap_or_default();
+            (FailureKind::Timeout, task.failures <= self.spec.retries, format!("took longer than {limit:?}"))
+        } else if let Ended::Memory(peak) = ended {
+            task.over_memory += 1;
+            let why = format!(
+                "used {} of memory, more than the {} that a call may use",
+                mebibytes(*peak),
+                mebibytes(self.spec.ram.unwrap_or_default())
+            );
+            (FailureKind::Memory, task.over_memory <= MEMORY_REPEATS, why)
+        } else {
+            task.crashes += 1;
+            let why = format!("its process ended, {} times: {}", task.crashes, why(ended));
+            (FailureKind::Crashed, task.crashes <= CRASH_REPEATS, why)
+        };
+        if again {
+            message.todo.push_front(task);
+            return;
+        }
+        let seconds = running.call.map_or(0.0, |(_, since)| since.elapsed().as_secs_f32());
+        let failure = Box::new(failure(kind, why));
+        let outcome = Outcome::Failed { failure, output: Bytes::new() };
+        let mut bytes = BytesMut::new();
+        Record { seconds, outcome }.write(&mut bytes);
+        self.outbox.records(message.first + u64::from(at), 1, task.calls, &bytes);
+    }
+
+    /// This worker can't run the job: the client is told, and the message is somebody else's.
+    async fn give_up(&mut self, why: Unable) -> Result<(), Error> {
+        self.outbox.unable(why).await?;
+        let held = self.state.message.take().map(|message| message.receipt);
+        let prefetched = self.state.prefetched.take().map(|delivery| delivery.receipt);
+        for receipt in held.into_iter().chain(prefetched) {
+            self.queue.extend(&self.inputs, &[receipt], Duration::ZERO).await?;
+        }
+        // Until the client ends the job, or somebody else stops this worker.
+        std::future::pending().await
+    }
+
+    async fn on_tick(&mut self) -> Result<(), Error> {
+        self.watch_call();
+        let Some(message) = &mut self.state.message else { return Ok(()) };
+        if message.renewed.elapsed() < RENEW {
+            return Ok(());
+        }
+        message.renewed = Instant::now();
+        let held = std::iter::once(&message.receipt);
+        let receipts: Vec<Receipt> =
+            held.chain(self.state.prefetched.iter().map(|delivery| &delivery.receipt)).cloned().collect();
+        // A lease that could not be renewed means that somebody else runs the inputs too: the
+        // client takes whichever result comes first.
+        self.queue.extend(&self.inputs, &receipts, LEASE).await?;
+        Ok(())
+    }
+
+    /// Notes which call runs, and stops one that takes too long.
+    fn watch_call(&mut self) {
+        let Some(running) = &mut self.state.running else { return };
+        let index = self.runtime.running();
+        if running.call.map(|(index, _)| index) != index {
+            running.call = index.map(|index| (index, Instant::now()));
+        }
+        if let (Some(limit), Some((_, since))) = (self.spec.timeout, running.call)
+            && since.elapsed() >= limit
+            && !running.timed_out
+        {
+            running.timed_out = true;
+            self.runtime.kill();
+        }
+    }
+}
+
+fn why(ended: &Ended) -> String {
+    match ended {
+        Ended::Status(status) => describe(*status),
+        Ended::Memory(peak) => format!("it used {} of memory", mebibytes(*peak)),
+        Ended::NotStarted(why) => why.clone(),
+        Ended::Lost => "it was lost together with the process that watches it".into(),
+    }
+}
+
+fn mebibytes(bytes: u64) -> String {
+    format!("{:.0} MiB", bytes as f64 / f64::from(1 << 20))
+}
+
+fn failure(kind: FailureKind, message: String) -> Failure {
+    let type_name = match kind {
+        FailureKind::Timeout => "timeout",
+        FailureKind::Memory => "memory",
+        _ => "crashed",
+    };
+    Failure {
+        kind,
+        type_name: type_name.into(),
+        fingerprint: type_name.into(),
+        message,
+        traceback: None,
+        hint: None,
+    }
+}
