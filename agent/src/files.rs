@@ -64,9 +64,6 @@ impl Files {
     /// Removes the files of inputs that are done.
     pub(crate) async fn clear(&self, first: u64, range: Range<u32>) {
         let root = self.root.clone();
-        if !root.exists() {
-            return;
-        }
         let cleared = tokio::task::spawn_blocking(move || {
             for position in range {
                 // An input without a file has no folder.

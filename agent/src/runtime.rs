@@ -32,6 +32,10 @@ pub(crate) trait Runtime: Send {
     /// The index of the running call.
     fn running(&self) -> Option<u64>;
 
+    /// It is to stop before the input at position `to` of its view. If, 20 ms later, it is not
+    /// running that one or a later one, it will stop there, and `Done` tells so.
+    fn limit(&self, to: u32);
+
     /// Kills it: `next` will tell `Ended`.
     fn kill(&mut self);
 }

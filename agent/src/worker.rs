@@ -9,7 +9,7 @@ use burla_core::{
     envelope::{Body, InputHeader},
     ids::JobId,
     job::JobSpec,
-    queue::{self, Delivery, LONGEST_POLL, Queue, Receipt},
+    queue::{self, Delivery, LONGEST_POLL, Queue, QueueExt, Receipt},
     record::{self, Failure, FailureKind, Outcome, Record},
     store::{self, ObjectStore},
     wire,
@@ -33,6 +33,12 @@ const RENEW: Duration = Duration::from_secs(10);
 
 /// How often the running call is looked at.
 const TICK: Duration = Duration::from_millis(20);
+
+/// A view that has run for so long, while there are no more messages, is shared with workers that have none.
+const SHARE_AFTER: Duration = Duration::from_millis(100);
+
+/// How long a worker that has shared takes no message: the others are to have it.
+const RESTRAINT: Duration = Duration::from_millis(200);
 
 /// How often a call whose process dies is repeated.
 const CRASH_REPEATS: u32 = 2;
@@ -69,14 +75,18 @@ pub(crate) struct State {
     /// Whether some call has begun: until then, a death is the loading's.
     begun: bool,
     idle_deaths: u32,
+    /// No message is taken before.
+    restraint: Option<Instant>,
 }
 
 /// An input message that is being worked on.
 struct Message {
     receipt: Receipt,
+    header: InputHeader,
+    /// What came behind the header.
+    tail: Bytes,
     first: u64,
     inputs: Bytes,
-    range: std::ops::Range<u32>,
     todo: VecDeque<Task>,
     renewed: Instant,
 }
@@ -107,6 +117,9 @@ struct Running {
     /// The call that is running, and since when it was seen.
     call: Option<(u64, Instant)>,
     timed_out: bool,
+    began: Instant,
+    /// From where on the view is to be left to others, once it is certain that it stops there.
+    offer: Option<u32>,
 }
 
 /// Why a worker ended.
@@ -136,7 +149,7 @@ type Poll = Pin<Box<dyn Future<Output = Result<Vec<Delivery>, queue::Error>> + S
 impl Worker {
     /// Works until the job's queues are gone. Dropping it kills what it runs.
     pub(crate) async fn run(mut self) -> Result<(), Error> {
-        let mut poll = self.poll();
+        let mut poll = Some(self.poll());
         let mut tick = interval(TICK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
@@ -145,15 +158,19 @@ impl Worker {
                 biased;
                 event = self.runtime.next(), if self.state.started => self.on_event(event).await?,
                 () = sleep_until(due.unwrap_or_else(Instant::now)), if due.is_some() => self.outbox.flush().await?,
-                deliveries = &mut poll, if self.state.prefetched.is_none() => {
+                deliveries = received(&mut poll), if self.state.prefetched.is_none() => {
                     match deliveries {
                         Ok(deliveries) => self.state.prefetched = deliveries.into_iter().next(),
                         Err(queue::Error::NoQueue(_)) => return Ok(()),
                         Err(_) => tokio::time::sleep(Duration::from_secs(1)).await,
                     }
-                    poll = self.poll();
+                    poll = Some(self.poll());
                 }
-                _ = tick.tick(), if self.state.message.is_some() => self.on_tick().await?,
+                _ = tick.tick(), if self.state.message.is_some() => self.on_tick(&mut poll).await?,
+                () = sleep_until(self.state.restraint.unwrap_or_else(Instant::now)), if poll.is_none() => {
+                    self.state.restraint = None;
+                    poll = Some(self.poll());
+                }
             }
             if self.state.message.is_none()
                 && let Some(delivery) = self.state.prefetched.take()
@@ -180,19 +197,19 @@ impl Worker {
             self.state.started = true;
         }
         let body = match &header.body {
-            Body::Inline => tail,
+            Body::Inline => tail.clone(),
             Body::Object { key, .. } => self.store.get(key, None).await?.content,
         };
-        let range = header.from..header.to;
         let inputs = body.slice(..usize::try_from(header.inputs_len).unwrap_or(usize::MAX).min(body.len()));
         self.files.lay(&header, body.slice(inputs.len()..), &*self.store).await?;
-        let first = Task { calls: header.attempts, ..Task::fresh(range.start, range.end) };
+        let first = Task { calls: header.attempts, ..Task::fresh(header.from, header.to) };
         self.state.message = Some(Message {
             receipt: delivery.receipt,
             first: header.first,
+            header,
+            tail,
             inputs,
             todo: [first].into(),
-            range,
             renewed: Instant::now(),
         });
         self.feed().await
@@ -209,7 +226,8 @@ impl Worker {
         }
         let view =
             View { first: message.first, from: task.from, to: task.to, inputs: message.inputs.clone() };
-        self.state.running = Some(Running { task, done: 0, call: None, timed_out: false });
+        let began = Instant::now();
+        self.state.running = Some(Running { task, done: 0, call: None, timed_out: false, began, offer: None });
         match self.runtime.feed(&view).await {
             // It died meanwhile, and says so next.
             Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
@@ -222,7 +240,9 @@ impl Worker {
         self.outbox.flush().await?;
         if let Some(message) = self.state.message.take() {
             self.queue.acknowledge(&self.inputs, &[message.receipt]).await?;
-            self.files.clear(message.first, message.range).await;
+            if self.spec.files {
+                self.files.clear(message.first, message.header.from..message.header.to).await;
+            }
         }
         Ok(())
     }
@@ -354,19 +374,62 @@ impl Worker {
         std::future::pending().await
     }
 
-    async fn on_tick(&mut self) -> Result<(), Error> {
+    async fn on_tick(&mut self, poll: &mut Option<Poll>) -> Result<(), Error> {
         self.watch_call();
-        let Some(message) = &mut self.state.message else { return Ok(()) };
-        if message.renewed.elapsed() < RENEW {
-            return Ok(());
+        self.share(poll).await?;
+        match &self.state.message {
+            Some(message) if message.renewed.elapsed() >= RENEW => self.renew().await.map(drop),
+            _ => Ok(()),
         }
+    }
+
+    /// Renews the leases of what it holds. Tells whether that of the message still held: if not,
+    /// somebody else runs the inputs too, and the client takes whichever result comes first.
+    async fn renew(&mut self) -> Result<bool, Error> {
+        let Some(message) = &mut self.state.message else { return Ok(false) };
         message.renewed = Instant::now();
         let held = std::iter::once(&message.receipt);
         let receipts: Vec<Receipt> =
             held.chain(self.state.prefetched.iter().map(|delivery| &delivery.receipt)).cloned().collect();
-        // A lease that could not be renewed means that somebody else runs the inputs too: the
-        // client takes whichever result comes first.
-        self.queue.extend(&self.inputs, &receipts, LEASE).await?;
+        let renewed = self.queue.extend(&self.inputs, &receipts, LEASE).await?;
+        Ok(renewed.first() == Some(&true))
+    }
+
+    /// Leaves half of what it has not begun to others, if that takes long and the queue is empty.
+    ///
+    /// First the runtime is told to stop half-way; a look later, if it has not come that far, it is
+    /// certain that it will stop there, and the rest is a message of its own. The original is deleted
+    /// only after all that remained of it has results.
+    async fn share(&mut self, poll: &mut Option<Poll>) -> Result<(), Error> {
+        let (Some(message), Some(running)) = (&self.state.message, &mut self.state.running) else { return Ok(()) };
+        let Some((index, _)) = running.call else { return Ok(()) };
+        let next = u32::try_from(index - message.first).unwrap_or(u32::MAX).saturating_add(1);
+        let Some(from) = running.offer.take() else {
+            let left = running.task.to.saturating_sub(next);
+            // An empty poll is what says that others may have nothing to do.
+            if left > 0 && self.state.prefetched.is_none() && running.began.elapsed() >= SHARE_AFTER {
+                let from = next + left / 2;
+                running.offer = Some(from);
+                self.runtime.limit(from);
+            }
+            return Ok(());
+        };
+        if next > from {
+            // It was faster: the rest comes back with `Done` and is run here.
+            return Ok(());
+        }
+        let to = std::mem::replace(&mut running.task.to, from);
+        running.began = Instant::now();
+        let header = InputHeader { from, to, attempts: 0, ..message.header.clone() };
+        let offered = wire::encode(&header, &[&message.tail]);
+        if self.renew().await? {
+            // Not to take it back at once.
+            *poll = None;
+            self.state.restraint = Some(Instant::now() + RESTRAINT);
+            self.queue.send_all(&self.inputs, &[offered]).await?;
+        } else if let Some(message) = &mut self.state.message {
+            message.todo.push_back(Task::fresh(from, to));
+        }
         Ok(())
     }
 
@@ -384,6 +447,13 @@ impl Worker {
             running.timed_out = true;
             self.runtime.kill();
         }
+    }
+}
+
+async fn received(poll: &mut Option<Poll>) -> Result<Vec<Delivery>, queue::Error> {
+    match poll {
+        Some(poll) => poll.await,
+        None => std::future::pending().await,
     }
 }
 

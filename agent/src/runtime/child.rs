@@ -218,6 +218,14 @@ impl Runtime for ChildRuntime {
         self.child.as_ref().and_then(Child::running)
     }
 
+    /// The child says what it runs before it looks at the limit, and the worker looks at what it runs
+    /// long after it set the limit, so at least one of them sees the other.
+    fn limit(&self, to: u32) {
+        if let Some(child) = &self.child {
+            child.shared.store(Cell::Limit, to.into());
+        }
+    }
+
     fn kill(&mut self) {
         self.keeper.kill();
     }
