@@ -3,9 +3,10 @@
 For every file of the machine's own Python standard library:
 
     burla map --files "$(python3 -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')/**/*.py" \\
-        examples/census.py:census | python3 examples/census.py
+        --output-format records --with-input examples/census.py:census | python3 examples/census.py
 
-`census` is the function that burla maps; run as a program, this file sums its results up.
+`census` is the function that burla maps; run as a program, this file sums its results up. The records
+tell which file each result belongs to: `census` itself only sees the copy of it that travelled.
 """
 
 import ast
@@ -16,7 +17,7 @@ def census(path):
     """Count what one Python source file holds. Takes its path, so map it with --files."""
     with open(path, "rb") as file:
         source = file.read()
-    counts = {"file": path, "bytes": len(source), "lines": len(source.splitlines())}
+    counts = {"bytes": len(source), "lines": len(source.splitlines())}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # odd escapes in old code are not news here
@@ -57,7 +58,8 @@ def main():
     import os
     from collections import Counter
 
-    rows = [row for row in map(json.loads, fileinput.input()) if row]  # a failed call's line is null
+    records = map(json.loads, fileinput.input())
+    rows = [{**record["result"], "file": record["input"]} for record in records if record["status"] == "ok"]
     if not rows:
         raise SystemExit("census.py: no results on stdin")
     root = os.path.commonpath([os.path.dirname(row["file"]) for row in rows])

@@ -1,6 +1,6 @@
 //! The agent: does on one node what main_service orders.
 
-use std::{collections::HashMap, sync::Arc, time::Duration};
+use std::{collections::HashMap, future::Future, sync::Arc, time::Duration};
 
 use burla_core::{
     clock::Clock,
@@ -10,7 +10,7 @@ use burla_core::{
     queue::{self, Delivery, LONGEST_POLL, Queue, QueueExt},
     wire,
 };
-use tokio::time::{MissedTickBehavior, interval};
+use tokio::time::{Instant, MissedTickBehavior, interval};
 
 use crate::host::{Slot, Started, WorkerHost};
 
@@ -19,6 +19,10 @@ const LEASE: Duration = Duration::from_secs(30);
 
 /// How often the agent looks whether its workers live and its orders hold.
 const LOOK: Duration = Duration::from_secs(1);
+
+/// For how long orders must have been over before the agent follows them no more. A machine that slept
+/// wakes up with orders that are over, and gets new ones.
+const LEASE_GRACE: Duration = Duration::from_secs(45);
 
 /// What an agent is told when it is started.
 #[derive(Clone, Debug)]
@@ -39,6 +43,8 @@ pub struct Agent {
     clock: Arc<dyn Clock>,
     host: Arc<dyn WorkerHost>,
     orders: Option<Orders>,
+    /// Since when the orders are over, on the clock that stands still while the machine sleeps.
+    over_since: Option<Instant>,
     workers: HashMap<JobId, Vec<Box<dyn Started>>>,
     incarnations: u64,
 }
@@ -53,11 +59,21 @@ impl Agent {
         host: Arc<dyn WorkerHost>,
     ) -> Self {
         let workers = HashMap::new();
-        Self { config, queue, control, clock, host, orders: None, workers, incarnations: 0 }
+        Self { config, queue, control, clock, host, orders: None, over_since: None, workers, incarnations: 0 }
     }
 
-    /// Reports for duty, then follows orders until the control queue is gone.
-    pub async fn run(mut self) {
+    /// Reports for duty, then follows orders until the control queue is gone or `shutdown` is ready. Then
+    /// it ends its workers, with all that they started.
+    pub async fn run(mut self, shutdown: impl Future<Output = ()> + Send) {
+        tokio::select! {
+            biased;
+            () = shutdown => {}
+            () = self.serve() => {}
+        }
+        self.follow(Vec::new()).await;
+    }
+
+    async fn serve(&mut self) {
         let ready = Request::NodeReady { node: self.config.node.clone(), capacity: self.config.capacity };
         while self.control.call(ready.clone()).await.is_err() {
             tokio::time::sleep(Duration::from_secs(1)).await;
@@ -84,7 +100,6 @@ impl Agent {
                 _ = look.tick() => self.on_look().await,
             }
         }
-        self.follow(Vec::new()).await;
     }
 
     async fn on_messages(&mut self, deliveries: Vec<Delivery>) {
@@ -140,7 +155,9 @@ impl Agent {
     /// Replaces workers that ended, and stops all when nobody renewed the orders.
     async fn on_look(&mut self) {
         let Some(orders) = self.orders.clone() else { return };
-        if self.clock.now() > orders.lease {
+        if self.clock.now() <= orders.lease {
+            self.over_since = None;
+        } else if self.over_since.get_or_insert_with(Instant::now).elapsed() >= LEASE_GRACE {
             return self.follow(Vec::new()).await;
         }
         for workers in self.workers.values_mut() {

@@ -47,7 +47,8 @@ impl Kind {
 
     fn parse(byte: u8) -> io::Result<Self> {
         let known = Self::ALL.into_iter().find(|kind| *kind as u8 == byte);
-        known.ok_or_else(|| io::Error::other(format!("the runtime child sent a frame of unknown kind {byte}")))
+        known
+            .ok_or_else(|| io::Error::other(format!("the runtime child sent a frame of unknown kind {byte}")))
     }
 }
 

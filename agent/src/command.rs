@@ -72,9 +72,8 @@ pub(crate) fn main() -> io::Result<()> {
 
 /// Whether there is such a program, before the first input is spent on finding out.
 fn check(program: &str) -> Result<(), Unable> {
-    let executable = |path: &Path| {
-        path.is_file() && rustix::fs::access(path, rustix::fs::Access::EXEC_OK).is_ok()
-    };
+    let executable =
+        |path: &Path| path.is_file() && rustix::fs::access(path, rustix::fs::Access::EXEC_OK).is_ok();
     let found = if program.contains("{}") {
         true
     } else if program.contains('/') {
@@ -93,8 +92,10 @@ fn check(program: &str) -> Result<(), Unable> {
     };
     let hint = match exists {
         true => format!("chmod +x {program}"),
-        false => "check its spelling; a program of your own is sent along when it is named by a relative path"
-            .to_owned(),
+        false => {
+            "check its spelling; a program of your own is sent along when it is named by a relative path"
+                .to_owned()
+        }
     };
     Err(Unable { message, hint: Some(hint), traceback: None, usage: true })
 }
@@ -192,7 +193,10 @@ impl Runtime {
 }
 
 /// Runs the command on one input.
-#[expect(clippy::disallowed_methods, reason = "how long a real process takes, in a process without a runtime")]
+#[expect(
+    clippy::disallowed_methods,
+    reason = "how long a real process takes, in a process without a runtime"
+)]
 fn run(job: &Job, index: u64, input: &[u8]) -> Record {
     let began = std::time::Instant::now();
     let ended = Call::new(job, index, input).and_then(|call| call.run());
@@ -200,9 +204,10 @@ fn run(job: &Job, index: u64, input: &[u8]) -> Record {
     let outcome = match ended {
         Ok((status, output)) if status.success() => Outcome::Ok { result: output, nulled: false },
         Ok((status, output)) => Outcome::Failed { failure: failure(describe(status)), output },
-        Err(error) => {
-            Outcome::Failed { failure: failure(format!("could not be started: {error}")), output: Bytes::new() }
-        }
+        Err(error) => Outcome::Failed {
+            failure: failure(format!("could not be started: {error}")),
+            output: Bytes::new(),
+        },
     };
     Record { seconds, outcome }
 }

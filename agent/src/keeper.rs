@@ -22,6 +22,7 @@ use std::{
     },
     path::{Path, PathBuf},
     process::{ExitStatus, Stdio},
+    sync::atomic::{AtomicI32, Ordering},
 };
 
 use burla_core::wire;
@@ -30,6 +31,7 @@ use rustix::net::{
     AddressFamily, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketFlags, SocketType,
     recv, sendmsg, socketpair,
 };
+use rustix::process::{Pid, Signal, kill_process_group};
 use serde::{Deserialize, Serialize};
 use tokio::{io::Interest, net::UnixStream};
 
@@ -67,6 +69,8 @@ pub(crate) struct Program {
 /// What a keeper tells its worker.
 #[derive(Debug, Serialize, Deserialize)]
 enum Report {
+    /// The runtime child was started; it leads a process group of this number.
+    Started(i32),
     /// The runtime child could not be started.
     NotStarted(String),
     /// The runtime child, and all that it left behind, is gone.
@@ -97,11 +101,35 @@ pub(crate) struct Keeper {
     /// Of sequenced packets, whatever its type says: tokio has none for those.
     socket: UnixStream,
     process: std::process::Child,
+    reenter: Reenter,
+    scratch: PathBuf,
+    /// The process group of the runtime child, should the keeper be gone before it.
+    group: AtomicI32,
 }
 
 impl Keeper {
     /// Starts a keeper, which removes `scratch` should this process die without a word.
     pub(crate) fn start(reenter: &Reenter, scratch: &Path) -> io::Result<Self> {
+        let (socket, process) = Self::launch(reenter, scratch)?;
+        Ok(Self {
+            socket,
+            process,
+            reenter: reenter.clone(),
+            scratch: scratch.to_owned(),
+            group: AtomicI32::new(0),
+        })
+    }
+
+    /// Starts another one in the place of one that was lost.
+    pub(crate) fn replace(&mut self) -> io::Result<()> {
+        let (socket, process) = Self::launch(&self.reenter, &self.scratch)?;
+        self.socket = socket;
+        let mut lost = std::mem::replace(&mut self.process, process);
+        let _ = lost.kill();
+        lost.wait().map(drop)
+    }
+
+    fn launch(reenter: &Reenter, scratch: &Path) -> io::Result<(UnixStream, std::process::Child)> {
         let flags = SocketFlags::CLOEXEC;
         let (ours, theirs) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?;
         let ours = std::os::unix::net::UnixStream::from(ours);
@@ -112,7 +140,7 @@ impl Keeper {
             .stdin(Stdio::from(theirs))
             .stdout(Stdio::null())
             .spawn()?;
-        Ok(Self { socket: UnixStream::from_std(ours)?, process })
+        Ok((UnixStream::from_std(ours)?, process))
     }
 
     /// Starts the runtime child.
@@ -142,11 +170,23 @@ impl Keeper {
 
     /// Waits until the runtime child and all its descendants are gone. Cancel-safe.
     pub(crate) async fn ended(&self) -> Ended {
-        match self.report().await {
-            Ok(Report::NotStarted(why)) => Ended::NotStarted(why),
-            Ok(Report::Ended { exceeded: Some(bytes), .. }) => Ended::Memory(bytes),
-            Ok(Report::Ended { status, exceeded: None }) => Ended::Status(ExitStatus::from_raw(status)),
-            Err(_) => Ended::Lost,
+        loop {
+            return match self.report().await {
+                Ok(Report::Started(group)) => {
+                    self.group.store(group, Ordering::Relaxed);
+                    continue;
+                }
+                Ok(Report::NotStarted(why)) => Ended::NotStarted(why),
+                Ok(Report::Ended { exceeded: Some(bytes), .. }) => Ended::Memory(bytes),
+                Ok(Report::Ended { status, exceeded: None }) => Ended::Status(ExitStatus::from_raw(status)),
+                Err(_) => {
+                    // What it kept is nobody's now; most of it is in the child's process group.
+                    if let Some(group) = Pid::from_raw(self.group.swap(0, Ordering::Relaxed)) {
+                        let _ = kill_process_group(group, Signal::KILL);
+                    }
+                    Ended::Lost
+                }
+            };
         }
     }
 

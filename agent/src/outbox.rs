@@ -127,7 +127,7 @@ impl Outbox {
         results.into_iter().chain(lines).min()
     }
 
-    /// Sends all there is. Nothing is lost when it fails: it can be sent again.
+    /// Sends all there is. Should it fail, the input message is not acknowledged, so its inputs run again.
     pub(crate) async fn flush(&mut self) -> Result<(), Error> {
         self.flush_lines().await?;
         self.flush_results().await

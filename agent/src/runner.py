@@ -592,7 +592,6 @@ def failed_result(kind, message, hint=None, about=None):
         kind="result",
         type=kind,
         message=shortened(message, LONGEST_MESSAGE),
-        traceback="",
         fingerprint=fingerprint(["result", kind, about]),
         hint=hint,
     )
@@ -627,8 +626,7 @@ def failed_call(job, error, value):
             kind="exception",
             type=kind,
             message=f"its description failed with {type(trouble).__name__}",
-            traceback="",
-            fingerprint=kind.encode().hex()[:16],
+                fingerprint=kind.encode().hex()[:16],
         )
 
 

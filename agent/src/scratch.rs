@@ -58,6 +58,12 @@ impl Scratch {
         self.folder.path()
     }
 
+    /// Removes it, once nothing uses it any more.
+    pub fn remove(&self) {
+        // What can't be removed is not ours.
+        let _ = fs::remove_dir_all(self.path());
+    }
+
     /// The Python runner's file.
     pub(crate) fn runner(&self) -> io::Result<PathBuf> {
         let folder = self.path().join("runner");

@@ -227,7 +227,8 @@ impl Worker {
         let view =
             View { first: message.first, from: task.from, to: task.to, inputs: message.inputs.clone() };
         let began = Instant::now();
-        self.state.running = Some(Running { task, done: 0, call: None, timed_out: false, began, offer: None });
+        self.state.running =
+            Some(Running { task, done: 0, call: None, timed_out: false, began, offer: None });
         match self.runtime.feed(&view).await {
             // It died meanwhile, and says so next.
             Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
@@ -269,7 +270,9 @@ impl Worker {
 
     /// Records of the next `count` inputs of the running view.
     fn on_records(&mut self, mut bytes: Bytes, count: u32) {
-        let (Some(message), Some(running)) = (&mut self.state.message, &mut self.state.running) else { return };
+        let (Some(message), Some(running)) = (&mut self.state.message, &mut self.state.running) else {
+            return;
+        };
         self.state.begun = true;
         let task = &running.task;
         let mut position = task.from + running.done;
@@ -401,7 +404,9 @@ impl Worker {
     /// certain that it will stop there, and the rest is a message of its own. The original is deleted
     /// only after all that remained of it has results.
     async fn share(&mut self, poll: &mut Option<Poll>) -> Result<(), Error> {
-        let (Some(message), Some(running)) = (&self.state.message, &mut self.state.running) else { return Ok(()) };
+        let (Some(message), Some(running)) = (&self.state.message, &mut self.state.running) else {
+            return Ok(());
+        };
         let Some((index, _)) = running.call else { return Ok(()) };
         let next = u32::try_from(index - message.first).unwrap_or(u32::MAX).saturating_add(1);
         let Some(from) = running.offer.take() else {

@@ -20,7 +20,8 @@ Exit codes:
   4    the job would cost more than it may
   5    the job was cancelled from elsewhere
   130  interrupted
-  141  whoever reads the results went away";
+  141  whoever reads the results went away
+  143  terminated";
 
 /// Run a function on all of many inputs at once, and get the results as if it had run here.
 #[derive(Debug, Parser)]
@@ -212,7 +213,8 @@ impl Map {
             burla::command(self.command.clone(), &self.include)?
         } else {
             let Some(spelled) = positional.next() else {
-                let hint = "burla map path/to/file.py:name inputs.jsonl, or burla map inputs.txt -- COMMAND {}";
+                let hint =
+                    "burla map path/to/file.py:name inputs.jsonl, or burla map inputs.txt -- COMMAND {}";
                 return Err(Usage::new("there is neither a function nor a command", hint));
             };
             burla::python(spelled, self.python.as_deref(), &self.include)?
@@ -256,7 +258,10 @@ impl Map {
     }
 
     fn inputs(&self, file: Option<&str>, is_command: bool) -> Result<Inputs, Usage> {
-        let usual = Format { layout: if is_command { crate::inputs::Layout::Lines } else { crate::inputs::Layout::Jsonl }, gzip: false };
+        let usual = Format {
+            layout: if is_command { crate::inputs::Layout::Lines } else { crate::inputs::Layout::Jsonl },
+            gzip: false,
+        };
         if !self.files.is_empty() {
             if let Some(file) = file {
                 return Err(Usage::new(
@@ -282,7 +287,10 @@ impl Map {
             Some(file) => {
                 let path = Path::new(file);
                 if !path.exists() {
-                    return Err(Usage::new(format!("{file} does not exist"), "INPUTS is a file with the inputs, or - for stdin"));
+                    return Err(Usage::new(
+                        format!("{file} does not exist"),
+                        "INPUTS is a file with the inputs, or - for stdin",
+                    ));
                 }
                 if path.is_dir() {
                     return Err(Usage::new(
@@ -308,17 +316,17 @@ impl Map {
             }
             env.insert(name.to_owned(), value);
         }
-        let mut options = Options::default();
-        options.cpu = self.cpu;
-        options.ram = self.ram;
-        options.max_parallelism = self.max_parallelism;
-        options.retries = self.retries;
-        options.timeout = self.timeout;
-        options.env = env;
-        options.files = !self.files.is_empty();
-        options.ordered = !self.unordered;
-        options.with_input = self.with_input;
-        Ok(options)
+        Ok(Options {
+            cpu: self.cpu,
+            ram: self.ram,
+            max_parallelism: self.max_parallelism,
+            retries: self.retries,
+            timeout: self.timeout,
+            env,
+            files: !self.files.is_empty(),
+            ordered: !self.unordered,
+            with_input: self.with_input,
+        })
     }
 }
 
@@ -328,7 +336,9 @@ fn variable(name: &str) -> Result<String, Usage> {
         std::env::VarError::NotPresent => {
             Usage::new(format!("{name} is not set here"), format!("--env {name}=VALUE gives it a value"))
         }
-        std::env::VarError::NotUnicode(_) => Usage::new(format!("the value of {name} is not UTF-8"), "give it another"),
+        std::env::VarError::NotUnicode(_) => {
+            Usage::new(format!("the value of {name} is not UTF-8"), "give it another")
+        }
     })
 }
 
@@ -377,7 +387,9 @@ mod tests {
 
     #[test]
     fn sizes_and_durations() {
-        for (text, bytes) in [("512M", 512 << 20), ("4GiB", 4 << 30), ("1.5g", 3 << 29), ("100", 100), ("2 KB", 2048)] {
+        for (text, bytes) in
+            [("512M", 512 << 20), ("4GiB", 4 << 30), ("1.5g", 3 << 29), ("100", 100), ("2 KB", 2048)]
+        {
             assert_eq!(size(text), Ok(bytes), "{text}");
         }
         for text in ["", "G", "-1G", "4 apples", "0", "1e30", "NaN"] {

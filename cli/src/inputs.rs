@@ -107,7 +107,10 @@ impl Source {
         let mut all: Box<dyn Iterator<Item = glob::GlobResult> + Send> = Box::new(std::iter::empty());
         for pattern in globs {
             let bad = |error: glob::PatternError| {
-                Usage::new(format!("{pattern} is no glob: {error}"), "* and ? match within a name, ** any folders")
+                Usage::new(
+                    format!("{pattern} is no glob: {error}"),
+                    "* and ? match within a name, ** any folders",
+                )
             };
             let is_file = |found: &glob::GlobResult| found.as_ref().map_or(true, |path| path.is_file());
             let mut found = glob::glob(pattern).map_err(bad)?.filter(is_file).peekable();

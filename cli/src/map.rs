@@ -25,6 +25,7 @@ const CLUSTER: u8 = 3;
 const CANCELLED: u8 = 5;
 const INTERRUPTED: u8 = 130;
 const CLOSED: u8 = 141;
+const TERMINATED: u8 = 143;
 
 /// If the first so many inputs all fail alike, the others would too.
 const ALIKE: u64 = 100;
@@ -198,7 +199,9 @@ impl Run {
         if stop && self.code.is_none() {
             self.code = Some(FAILED);
             if self.stop == Stop::IfAllAlike {
-                self.report.remark(&format!("the first {ALIKE} inputs have all failed alike: stopping (--keep-going goes on)"));
+                self.report.remark(&format!(
+                    "the first {ALIKE} inputs have all failed alike: stopping (--keep-going goes on)"
+                ));
             }
             job.cancel();
         }
@@ -277,7 +280,7 @@ impl Signals {
         tokio::select! {
             biased;
             () = received(&mut self.interrupt) => INTERRUPTED,
-            () = received(&mut self.terminate) => INTERRUPTED + 13,
+            () = received(&mut self.terminate) => TERMINATED,
         }
     }
 }

@@ -86,13 +86,18 @@ impl Output {
 
     /// The file with the records of inputs that failed, if there is one.
     pub(crate) fn failures(&self) -> Option<&Path> {
-        self.failures.as_ref().filter(|failures| failures.file.is_some()).map(|failures| failures.path.as_path())
+        self.failures
+            .as_ref()
+            .filter(|failures| failures.file.is_some())
+            .map(|failures| failures.path.as_path())
     }
 }
 
 fn create(path: &Path) -> Result<File, Usage> {
-    File::create(path)
-        .map_err(|error| Usage { message: format!("failed to write {}: {error}", path.display()), hint: None })
+    File::create(path).map_err(|error| Usage {
+        message: format!("failed to write {}: {error}", path.display()),
+        hint: None,
+    })
 }
 
 fn duplicate_stdout() -> Result<File, Usage> {

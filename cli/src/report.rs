@@ -47,7 +47,9 @@ impl Report {
     pub(crate) fn new(quiet: bool, show_index: bool) -> Self {
         let bar = (!quiet && io::stderr().is_terminal()).then(|| {
             let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr_with_hz(10));
-            bar.set_style(ProgressStyle::with_template("{msg}").unwrap_or_else(|_| ProgressStyle::default_bar()));
+            bar.set_style(
+                ProgressStyle::with_template("{msg}").unwrap_or_else(|_| ProgressStyle::default_bar()),
+            );
             bar
         });
         let now = Instant::now();
@@ -90,7 +92,9 @@ impl Report {
     /// Results held what JSON has no word for.
     pub(crate) fn nulled(&mut self, index: u64) {
         if !std::mem::replace(&mut self.nulled, true) {
-            self.say(&format!("warning: NaN or infinity in the result of input {index} became null, and so will others"));
+            self.say(&format!(
+                "warning: NaN or infinity in the result of input {index} became null, and so will others"
+            ));
         }
     }
 
@@ -106,6 +110,7 @@ impl Report {
             return kind.count;
         }
         let what = match failure.kind {
+            burla::FailureKind::Exception if failure.message.is_empty() => failure.type_name.clone(),
             burla::FailureKind::Exception => format!("{}: {}", failure.type_name, failure.message),
             _ => failure.message.clone(),
         };
@@ -116,7 +121,7 @@ impl Report {
             };
             self.say(&format!("input {index} failed:\n{}", indent(&what)));
             if let Some(hint) = &failure.hint {
-                self.say(&format!("hint: {hint}"));
+                self.hint(hint);
             }
         }
         self.order.push(key.clone());
@@ -187,9 +192,10 @@ impl Report {
             self.say(&format!("warning: {} lines that calls printed did not arrive", progress.lines_missing));
         }
         let seconds = self.began.elapsed().as_secs_f64();
-        let count = progress.done - if cancelled { progress.done } else { 0 };
+        let count = progress.done;
         if self.failed_count > 0 {
-            for kind in self.order.iter().filter_map(|key| self.kinds.get(key)).filter(|kind| kind.count > 1) {
+            for kind in self.order.iter().filter_map(|key| self.kinds.get(key)).filter(|kind| kind.count > 1)
+            {
                 let what = kind.what.lines().next().unwrap_or_default();
                 let text = format!("{} inputs failed like this: {what}\n", kind.count);
                 self.pending.extend_from_slice(format!("burla: {text}").as_bytes());
@@ -204,10 +210,9 @@ impl Report {
             let text = format!("{} failed: input {named} (line {lines}){more}{records}", self.failed_count);
             self.say(&text);
         }
-        if !cancelled {
-            let plural = if count == 1 { "input" } else { "inputs" };
-            self.remark(&format!("{count} {plural} in {}", duration(seconds)));
-        }
+        let plural = if count == 1 { "input" } else { "inputs" };
+        let stopped = if cancelled { "stopped after " } else { "" };
+        self.remark(&format!("{stopped}{count} {plural} in {}", duration(seconds)));
         self.flush();
     }
 
@@ -218,9 +223,13 @@ impl Report {
         }
         self.say(&format!("error: {message}"));
         if let Some(hint) = hint {
-            self.pending.extend_from_slice(format!("hint: {hint}\n").as_bytes());
+            self.hint(hint);
         }
         self.flush();
+    }
+
+    fn hint(&mut self, hint: &str) {
+        self.pending.extend_from_slice(format!("hint: {hint}\n").as_bytes());
     }
 }
 

@@ -90,10 +90,12 @@ pub(crate) fn arrives_at(here: &Path, path: &Path) -> Result<String, PrepareErro
     if full.starts_with(here) {
         return relative(&full, here);
     }
-    let name = full.file_name().ok_or_else(|| PrepareError::new(
-        format!("{} can't be sent along", path.display()),
-        "name a file or a folder that is not the root",
-    ))?;
+    let name = full.file_name().ok_or_else(|| {
+        PrepareError::new(
+            format!("{} can't be sent along", path.display()),
+            "name a file or a folder that is not the root",
+        )
+    })?;
     name.to_str().map(str::to_owned).ok_or_else(|| not_text(path))
 }
 

@@ -43,11 +43,7 @@ impl Cluster {
     }
 
     /// Starts a job. Its inputs go into the submitter; what comes of them out of the job.
-    pub async fn start(
-        &self,
-        function: Prepared,
-        options: Options,
-    ) -> Result<(Submitter, Job), StartError> {
+    pub async fn start(&self, function: Prepared, options: Options) -> Result<(Submitter, Job), StartError> {
         let id = JobId::random(&mut StdRng::try_from_rng(&mut rand::rngs::SysRng).map_err(unavailable)?);
         if let (Some(blob), Some(content)) = (&function.blob, &function.bundle) {
             match self.store.put(&blob.key(), content.clone(), When::Absent).await {

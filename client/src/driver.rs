@@ -77,6 +77,7 @@ pub(crate) struct Driver {
     ramp: Ramp,
     window: Window,
     covered: IntervalSet,
+    done: u64,
     failed: u64,
     order: Order,
     logs: Logs,
@@ -117,6 +118,7 @@ impl Driver {
             ramp: Ramp::default(),
             window: Window::default(),
             covered: IntervalSet::default(),
+            done: 0,
             failed: 0,
             order: Order::new(options.ordered),
             logs: Logs::default(),
@@ -254,7 +256,8 @@ impl Driver {
         if inline {
             return Ok(wire::encode(&header, &parts));
         }
-        let object = if let [inputs] = &parts[..] { batch.inputs.slice_ref(inputs) } else { parts.concat().into() };
+        let object =
+            if let [inputs] = &parts[..] { batch.inputs.slice_ref(inputs) } else { parts.concat().into() };
         self.store.put(&key, object, When::Always).await.map_err(unavailable)?;
         Ok(wire::encode(&header, &[]))
     }
@@ -321,6 +324,7 @@ impl Driver {
         if let Content::Records(bytes) = &chunk.content {
             let mut at = 0;
             while let Some(len) = record::first_len(&bytes[at..]) {
+                self.done += 1;
                 self.failed += u64::from(record::first_failed(&bytes[at..]));
                 at += len;
             }
@@ -340,7 +344,7 @@ impl Driver {
             count += 1;
             at += len;
         }
-        self.ramp.measured(seconds, count);
+        self.ramp.measured(seconds, bytes.len(), count);
     }
 
     async fn on_logs(&mut self, deliveries: Vec<Delivery>) -> Result<(), Error> {
@@ -396,7 +400,8 @@ impl Driver {
         for fresh in self.covered.insert(0..submitted) {
             let (first, count) = (fresh.start, fresh.end - fresh.start);
             let content = Content::Cancelled;
-            let chunk = Chunk { first, count, attempts: 0, worker: "".into(), content, inputs: VecDeque::new() };
+            let chunk =
+                Chunk { first, count, attempts: 0, worker: "".into(), content, inputs: VecDeque::new() };
             self.accept(chunk)?;
         }
         Ok(())
@@ -436,7 +441,7 @@ impl Driver {
         *self.progress() = Progress {
             submitted,
             total: (!more).then_some(submitted),
-            done: self.covered.len(),
+            done: self.done,
             failed: self.failed,
             slots: self.status.slots,
             wait: cluster.or_else(input),

@@ -26,7 +26,7 @@ use burla_core::{
     queue::{self, Queue},
     store::{self, ObjectStore},
 };
-use tokio::task::JoinHandle;
+use tokio::{sync::watch, task::JoinHandle};
 
 use crate::{cluster::Cluster, job::StartError};
 
@@ -53,21 +53,23 @@ pub(crate) struct Services {
 }
 
 impl Services {
+    /// Ends it all, and waits until it is gone.
     pub(crate) async fn shutdown(self) {
-        self.sweep.abort();
-        let agents: Vec<JoinHandle<()>> = self.nodes.agents().drain().filter_map(|(_, agent)| agent).collect();
+        self.nodes.stop.send_replace(true);
+        let agents: Vec<JoinHandle<()>> =
+            self.nodes.agents().drain().filter_map(|(_, agent)| agent).collect();
         for agent in agents {
-            agent.abort();
-            // Aborted or ended, it is gone.
+            // One that panicked is gone as well.
             let _ = agent.await;
         }
+        self.nodes.scratch.remove();
     }
 }
 
 impl Drop for Services {
     fn drop(&mut self) {
         self.sweep.abort();
-        self.nodes.agents().drain().filter_map(|(_, agent)| agent).for_each(|agent| agent.abort());
+        self.nodes.stop.send_replace(true);
     }
 }
 
@@ -75,7 +77,8 @@ impl Cluster {
     /// This machine: jobs run in this process and its children.
     pub async fn embedded() -> Result<Self, StartError> {
         if !INITIALISED.load(Ordering::Relaxed) {
-            let message = "call burla::init() first of all in main: the processes of a job are this same program";
+            let message =
+                "call burla::init() first of all in main: the processes of a job are this same program";
             return Err(StartError::Unavailable(message.into()));
         }
         let failed = |error: io::Error| StartError::Unavailable(error.to_string());
@@ -89,6 +92,7 @@ impl Cluster {
             capacity,
             control: OnceLock::new(),
             agents: Mutex::default(),
+            stop: watch::Sender::new(false),
         });
         // The one node is this machine: it never goes for lack of work.
         let pool = Pool { name: "here".into(), min_nodes: 1, max_nodes: 1, idle: 0, node: capacity };
@@ -128,6 +132,8 @@ struct Nodes {
     control: OnceLock<Weak<dyn Control>>,
     /// Every node that was ever launched, so that none is launched twice; with its agent while it lives.
     agents: Mutex<HashMap<NodeId, Option<JoinHandle<()>>>>,
+    /// Says that all of them are to end.
+    stop: watch::Sender<bool>,
 }
 
 impl Nodes {
@@ -157,18 +163,18 @@ impl NodeProvider for Nodes {
     async fn launch(&self, launch: &Launch) -> Result<(), ProviderError> {
         for number in 0..launch.count {
             let node = names::node_id(&launch.intent, &number.to_string());
-            let mut agents = self.agents();
-            if !agents.contains_key(&node) {
-                let agent = self.agent(&node).map(|agent| tokio::spawn(agent.run()));
-                agents.insert(node, agent);
-            }
+            let mut stop = self.stop.subscribe();
+            let stopped = async move { drop(stop.wait_for(|stop| *stop).await) };
+            let start = || self.agent(&node).map(|agent| tokio::spawn(agent.run(stopped)));
+            self.agents().entry(node.clone()).or_insert_with(start);
         }
         Ok(())
     }
 
     async fn list(&self) -> Result<Vec<NodeId>, ProviderError> {
         let agents = self.agents();
-        let alive = agents.iter().filter(|(_, agent)| agent.as_ref().is_some_and(|agent| !agent.is_finished()));
+        let alive =
+            agents.iter().filter(|(_, agent)| agent.as_ref().is_some_and(|agent| !agent.is_finished()));
         Ok(alive.map(|(node, _)| node.clone()).collect())
     }
 

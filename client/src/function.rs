@@ -61,8 +61,10 @@ pub fn python(
 ) -> Result<Prepared, PrepareError> {
     let (place, name) = split(spelled)?;
     let interpreter = source::interpreter(interpreter)?;
-    let here = std::env::current_dir()
-        .map_err(|error| PrepareError { message: format!("failed to find the working directory: {error}"), hint: None })?;
+    let here = std::env::current_dir().map_err(|error| PrepareError {
+        message: format!("failed to find the working directory: {error}"),
+        hint: None,
+    })?;
     let is_file = place.ends_with(".py") || place.contains('/');
     let (origin, import_root, source, start) = if is_file {
         let file = existing_file(&here, place)?;
@@ -98,8 +100,10 @@ pub fn command(argv: Vec<String>, include: &[PathBuf]) -> Result<Prepared, Prepa
     let Some(program) = argv.first() else {
         return Err(PrepareError::new("there is no command", "write one behind --"));
     };
-    let here = std::env::current_dir()
-        .map_err(|error| PrepareError { message: format!("failed to find the working directory: {error}"), hint: None })?;
+    let here = std::env::current_dir().map_err(|error| PrepareError {
+        message: format!("failed to find the working directory: {error}"),
+        hint: None,
+    })?;
     let mut bundle = Bundle::new(here.clone());
     let mut include = include.to_vec();
     let mut argv = argv.clone();
@@ -147,8 +151,6 @@ fn existing_file(here: &Path, place: &str) -> Result<PathBuf, PrepareError> {
         ));
     }
     // Links are followed: the modules beside the file are those beside its real place, as in a plain run.
-    path.canonicalize().map_err(|error| PrepareError {
-        message: format!("{place} can't be read: {error}"),
-        hint: None,
-    })
+    path.canonicalize()
+        .map_err(|error| PrepareError { message: format!("{place} can't be read: {error}"), hint: None })
 }

@@ -191,7 +191,9 @@ impl Order {
 
     /// The input that results wait for, and how many of them.
     pub(crate) fn waits_for(&self) -> Option<(u64, u64)> {
-        self.next.filter(|next| !self.waiting.is_empty() && !self.waiting.contains_key(next)).map(|next| (next, self.waiting_count))
+        self.next
+            .filter(|next| !self.waiting.is_empty() && !self.waiting.contains_key(next))
+            .map(|next| (next, self.waiting_count))
     }
 
     /// Whether so much is put aside that no more should be asked for.
@@ -226,7 +228,9 @@ mod tests {
     fn check(chunk: Chunk) -> std::ops::Range<u64> {
         let Content::Records(mut bytes) = chunk.content else { panic!("not records") };
         for index in chunk.first..chunk.first + chunk.count {
-            let Outcome::Ok { result, .. } = record::take(&mut bytes).unwrap().outcome else { panic!("failed") };
+            let Outcome::Ok { result, .. } = record::take(&mut bytes).unwrap().outcome else {
+                panic!("failed")
+            };
             assert!(result.iter().all(|byte| *byte == index as u8));
             assert_eq!(chunk.inputs[(index - chunk.first) as usize], index.to_string());
         }

@@ -12,7 +12,10 @@ use crate::function::PrepareError;
 pub(crate) fn interpreter(wanted: Option<&Path>) -> Result<PathBuf, PrepareError> {
     let Some(wanted) = wanted else {
         return ["python3", "python"].iter().find_map(|name| on_path(name)).ok_or_else(|| {
-            PrepareError::new("there is no python3 on PATH", "install Python 3, or name one with --python PATH")
+            PrepareError::new(
+                "there is no python3 on PATH",
+                "install Python 3, or name one with --python PATH",
+            )
         });
     };
     let found = match wanted.to_str() {

@@ -129,7 +129,10 @@ fn demo() -> Result<ExitCode> {
     let results = folder.join("census.jsonl");
 
     shown(
-        Command::new(burla).args(["map", "--files", &files, "examples/census.py:census", "-o"]).arg(&results),
+        Command::new(burla)
+            .args(["map", "--files", &files, "--output-format", "records", "--with-input"])
+            .args(["examples/census.py:census", "-o"])
+            .arg(&results),
     )?;
     shown(Command::new("python3").arg("examples/census.py").arg(&results))?;
     Ok(ExitCode::SUCCESS)

@@ -3,11 +3,12 @@
 use std::{
     fs,
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use rustix::process::{Pid, getpid};
 
-use super::tree::Tree;
+use super::tree::{Tree, pause};
 
 /// Watches the memory of a keeper's descendants.
 #[derive(Debug)]
@@ -113,8 +114,15 @@ impl Group {
 
 impl Drop for Group {
     fn drop(&mut self) {
-        // It is empty: all that was in it has been killed and reaped.
-        let _ = fs::remove_dir(&self.path);
+        // All that was in it has been killed and reaped, but the kernel takes a moment to notice.
+        for _ in 0..500 {
+            match fs::remove_dir(&self.path) {
+                Err(error) if error.kind() == std::io::ErrorKind::ResourceBusy => {
+                    pause(Duration::from_millis(2))
+                }
+                _ => return,
+            }
+        }
     }
 }
 

@@ -17,9 +17,7 @@ use bytes::Bytes;
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     io::{Errno, FdFlags, fcntl_setfd},
-    net::{
-        RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendFlags, recvmsg, send,
-    },
+    net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendFlags, recvmsg, send},
     process::{Pid, PidfdFlags, getpid, pidfd_open, set_child_subreaper, setsid},
 };
 
@@ -41,7 +39,10 @@ pub(crate) fn main(scratch: &Path) -> io::Result<()> {
     loop {
         match next(&socket, kept.as_ref())? {
             Next::Order(Order::Start(program), fds) => match start(&program, fds) {
-                Ok(started) => kept = Some(started),
+                Ok(started) => {
+                    report(&socket, &Report::Started(started.pid.as_raw_nonzero().get()));
+                    kept = Some(started);
+                }
                 Err(error) => report(&socket, &Report::NotStarted(error.to_string())),
             },
             Next::Order(Order::Kill, _) => {
@@ -61,7 +62,9 @@ pub(crate) fn main(scratch: &Path) -> io::Result<()> {
             }
             Next::Look => {
                 let exceeded = kept.as_mut().and_then(|kept| kept.limit.as_mut()?.exceeded());
-                if exceeded.is_some() && let Some(kept) = kept.take() {
+                if exceeded.is_some()
+                    && let Some(kept) = kept.take()
+                {
                     end(&socket, kept, exceeded);
                 } else if let Some(status) = tree::reap(kept.as_ref().map(|kept| kept.pid))
                     && let Some(kept) = kept.take()

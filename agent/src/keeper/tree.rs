@@ -2,7 +2,7 @@
 
 use std::{collections::HashMap, fs, time::Duration};
 
-use rustix::process::{Pid, Signal, WaitOptions, WaitStatus, getpid, kill_process, waitpid};
+use rustix::process::{Pid, Signal, WaitOptions, WaitStatus, getpid, kill_process, wait};
 use rustix::{io::Errno, thread::NanosleepRelativeResult, thread::nanosleep};
 
 /// Knows which processes descend from this one. Looks only at those that it has not seen yet,
@@ -49,7 +49,7 @@ pub(super) fn kill_all(main: Option<Pid>) -> Option<i32> {
     // uninterruptible wait; five seconds is when to give up on those.
     for _ in 0..2500 {
         loop {
-            match waitpid(None, WaitOptions::NOHANG) {
+            match wait(WaitOptions::NOHANG) {
                 Ok(Some((pid, ended))) if Some(pid) == main => status = Some(raw(ended)),
                 Ok(Some(_)) | Err(Errno::INTR) => {}
                 Ok(None) => break,
@@ -67,7 +67,7 @@ pub(super) fn kill_all(main: Option<Pid>) -> Option<i32> {
 /// Reaps what has ended. Gives the status of `main` if it is among them.
 pub(super) fn reap(main: Option<Pid>) -> Option<i32> {
     let mut status = None;
-    while let Ok(Some((pid, ended))) = waitpid(None, WaitOptions::NOHANG) {
+    while let Ok(Some((pid, ended))) = wait(WaitOptions::NOHANG) {
         if Some(pid) == main {
             status = Some(raw(ended));
         }
@@ -79,7 +79,7 @@ fn raw(status: WaitStatus) -> i32 {
     status.as_raw()
 }
 
-fn pause(duration: Duration) {
+pub(super) fn pause(duration: Duration) {
     let request = rustix::time::Timespec {
         tv_sec: duration.as_secs().cast_signed(),
         tv_nsec: duration.subsec_nanos().into(),

@@ -1,6 +1,8 @@
 //! A runtime that is a child process: the Python runner, or the runtime of commands.
 
-use std::{collections::VecDeque, io, os::fd::OwnedFd, os::unix::net::UnixStream as StdStream, time::Duration};
+use std::{
+    collections::VecDeque, io, os::fd::OwnedFd, os::unix::net::UnixStream as StdStream, time::Duration,
+};
 
 use async_trait::async_trait;
 use burla_core::{
@@ -57,6 +59,8 @@ pub(crate) struct ChildRuntime {
     keeper: Keeper,
     child: Option<Child>,
     events: VecDeque<Event>,
+    /// Whether the keeper has to be replaced before the next child.
+    lost: bool,
     look_at: Instant,
 }
 
@@ -87,7 +91,7 @@ struct Logs {
 
 impl ChildRuntime {
     pub(crate) fn new(launch: Launch, keeper: Keeper) -> Self {
-        Self { launch, keeper, child: None, events: VecDeque::new(), look_at: Instant::now() }
+        Self { launch, keeper, child: None, events: VecDeque::new(), lost: false, look_at: Instant::now() }
     }
 
     async fn on_frame(&mut self, kind: Kind, payload: Bytes) -> io::Result<()> {
@@ -141,6 +145,7 @@ impl ChildRuntime {
             child.end_logs(&mut self.events);
             child.busy = false;
         }
+        self.lost = ended == Ended::Lost;
         self.events.push_back(Event::Ended(ended));
     }
 }
@@ -149,6 +154,9 @@ impl ChildRuntime {
 impl Runtime for ChildRuntime {
     async fn start(&mut self) -> io::Result<()> {
         self.events.clear();
+        if std::mem::take(&mut self.lost) {
+            self.keeper.replace()?;
+        }
         let (shared, shared_fd) = Shared::new()?;
         let (ours, theirs) = StdStream::pair()?;
         let (out, out_fd) = log_pipe()?;
@@ -164,9 +172,11 @@ impl Runtime for ChildRuntime {
             return Err(error);
         }
         let nonce = &self.launch.nonce;
-        let pipes = [(out, Splitter::new(Stream::Stdout, nonce)), (err, Splitter::new(Stream::Stderr, nonce))];
+        let pipes =
+            [(out, Splitter::new(Stream::Stdout, nonce)), (err, Splitter::new(Stream::Stderr, nonce))];
         let logs = Logs { pipes, full: false, last: None };
-        self.child = Some(Child { from, to, reader: Reader::default(), shared, taken: 0, seen: 0, busy: false, logs });
+        self.child =
+            Some(Child { from, to, reader: Reader::default(), shared, taken: 0, seen: 0, busy: false, logs });
         Ok(())
     }
 

@@ -12,6 +12,9 @@ const LEAST_WORK: f64 = 0.002;
 /// Seconds that a call costs beside the function itself.
 const CALL: f64 = 1e-6;
 
+/// Bytes of results that a message may bring. Six of them are under way for two slots.
+const RESULTS: f64 = (4 << 20) as f64;
+
 /// Weight of the latest message against those before it.
 const WEIGHT: f64 = 0.3;
 
@@ -20,18 +23,22 @@ const WEIGHT: f64 = 0.3;
 pub(super) struct Ramp {
     /// Seconds of a call; none until one has ended.
     mean: Option<f64>,
+    /// Bytes of a result.
+    mean_len: f64,
     /// The most inputs of a message that came back whole.
     proved: usize,
 }
 
 impl Ramp {
-    /// So many calls took so long together.
-    pub(super) fn measured(&mut self, seconds: f64, count: u64) {
+    /// So many calls took so long together, and returned so many bytes.
+    pub(super) fn measured(&mut self, seconds: f64, len: usize, count: u64) {
         if count == 0 {
             return;
         }
-        let latest = seconds / count as f64 + CALL;
-        self.mean = Some(self.mean.map_or(latest, |mean| mean + WEIGHT * (latest - mean)));
+        let (latest, latest_len) = (seconds / count as f64 + CALL, len as f64 / count as f64);
+        let known = self.mean.map(|mean| (mean, self.mean_len)).unwrap_or((latest, latest_len));
+        self.mean = Some(known.0 + WEIGHT * (latest - known.0));
+        self.mean_len = known.1 + WEIGHT * (latest_len - known.1);
     }
 
     /// A message of so many inputs is done.
@@ -43,7 +50,8 @@ impl Ramp {
     pub(super) fn size(&self, slots: usize, waiting: usize, more: bool) -> usize {
         let Some(mean) = self.mean else { return 1 };
         let calls = |seconds: f64| ((seconds / mean) as usize).max(1);
-        let size = calls(WORK).min(2 * self.proved.max(1));
+        let by_len = ((RESULTS / self.mean_len.max(1.0)) as usize).max(1);
+        let size = calls(WORK).min(by_len).min(2 * self.proved.max(1));
         if more { size } else { size.min((waiting / (2 * slots)).max(calls(LEAST_WORK))) }
     }
 }
@@ -60,7 +68,7 @@ mod tests {
         for _ in 0..30 {
             let size = ramp.size(2, 1_000_000, true);
             sizes.push(size);
-            ramp.measured(0.0, size as u64);
+            ramp.measured(0.0, 16 * size, size as u64);
             ramp.proved(size);
         }
         assert_eq!(sizes[..5], [1, 2, 4, 8, 16]);
@@ -70,10 +78,18 @@ mod tests {
     }
 
     #[test]
+    fn long_results_travel_in_small_companies() {
+        let mut ramp = Ramp::default();
+        ramp.proved(1000);
+        ramp.measured(0.0, 100 << 20, 100);
+        assert_eq!(ramp.size(2, 1000, true), 4);
+    }
+
+    #[test]
     fn long_calls_travel_alone() {
         let mut ramp = Ramp::default();
         ramp.proved(1000);
-        ramp.measured(2.0, 1);
+        ramp.measured(2.0, 10, 1);
         assert_eq!(ramp.size(4, 1000, true), 1);
         assert_eq!(ramp.size(4, 1000, false), 1);
     }

@@ -55,7 +55,12 @@ impl Window {
 
     /// So many inputs from `first` on have results now. Gives them, if `wanted`, and the sizes of
     /// batches that are done by that.
-    pub(super) fn cover(&mut self, first: u64, count: u64, wanted: Option<Codec>) -> (VecDeque<Bytes>, Vec<usize>) {
+    pub(super) fn cover(
+        &mut self,
+        first: u64,
+        count: u64,
+        wanted: Option<Codec>,
+    ) -> (VecDeque<Bytes>, Vec<usize>) {
         let (mut inputs, mut finished) = (VecDeque::new(), Vec::new());
         let mut at = first;
         while at < first + count {
@@ -66,7 +71,8 @@ impl Window {
                 break;
             }
             if let Some(codec) = wanted {
-                inputs.extend((at - start..at - start + covered).map(|i| sent.batch.input(codec, i as usize)));
+                inputs
+                    .extend((at - start..at - start + covered).map(|i| sent.batch.input(codec, i as usize)));
             }
             sent.missing -= covered;
             if sent.missing == 0
