@@ -227,7 +227,11 @@ impl Map {
             ));
         }
         let inputs = self.inputs(file.map(String::as_str), is_command)?;
-        if self.with_input && self.output_format != OutputFormat::Records && self.errors_file().is_none() {
+        if self.with_input
+            && self.output_format != OutputFormat::Records
+            && self.errors.is_none()
+            && self.output.is_none()
+        {
             return Err(Usage::new("--with-input adds to records only", "add --output-format records"));
         }
         Ok(Plan {
@@ -236,7 +240,7 @@ impl Map {
             options: self.options()?,
             inputs,
             output: self.output.clone(),
-            errors: self.errors_file(),
+            errors: self.errors.clone(),
             output_format: self.output_format,
             show_index: self.log_prefix == LogPrefix::Index,
             quiet: self.quiet,
@@ -246,15 +250,6 @@ impl Map {
                 _ => Stop::IfAllAlike,
             },
         })
-    }
-
-    fn errors_file(&self) -> Option<PathBuf> {
-        let beside = || {
-            let mut name = self.output.clone()?.into_os_string();
-            name.push(".failed.jsonl");
-            Some(name.into())
-        };
-        self.errors.clone().or_else(beside)
     }
 
     fn inputs(&self, file: Option<&str>, is_command: bool) -> Result<Inputs, Usage> {

@@ -25,6 +25,7 @@ pub(crate) struct Output {
 struct Failures {
     path: PathBuf,
     file: Option<BufWriter<File>>,
+    any: bool,
 }
 
 impl Output {
@@ -35,11 +36,19 @@ impl Output {
             // Written through the descriptor: std's own stdout would flush at every line.
             None => Box::new(BufWriter::with_capacity(1 << 16, duplicate_stdout()?)),
         };
-        let failures = plan.errors.clone().map(|path| Failures { path, file: None });
-        if let Some(failures) = &failures {
-            // What an earlier run left there is not true any more.
-            let _ = fs::remove_file(&failures.path);
-        }
+        let failures = match (&plan.errors, &plan.output) {
+            (Some(path), _) => {
+                Some(Failures { path: path.clone(), file: Some(BufWriter::new(create(path)?)), any: false })
+            }
+            (None, Some(output)) => {
+                let mut path = output.clone().into_os_string();
+                path.push(".failed.jsonl");
+                // What an earlier run left there is not true any more.
+                let _ = fs::remove_file(&path);
+                Some(Failures { path: path.into(), file: None, any: false })
+            }
+            (None, None) => None,
+        };
         Ok(Self { to, format: plan.output_format, is_command: plan.is_command, owed: 0, failures })
     }
 
@@ -51,6 +60,7 @@ impl Output {
                 None => failures.file.insert(BufWriter::new(File::create(&failures.path)?)),
             };
             writeln!(file, "{}", record(finished, self.is_command))?;
+            failures.any = true;
         }
         if self.format == OutputFormat::Records {
             return writeln!(self.to, "{}", record(finished, self.is_command));
@@ -86,10 +96,7 @@ impl Output {
 
     /// The file with the records of inputs that failed, if there is one.
     pub(crate) fn failures(&self) -> Option<&Path> {
-        self.failures
-            .as_ref()
-            .filter(|failures| failures.file.is_some())
-            .map(|failures| failures.path.as_path())
+        self.failures.as_ref().filter(|failures| failures.any).map(|failures| failures.path.as_path())
     }
 }
 

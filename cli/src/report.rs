@@ -47,9 +47,8 @@ impl Report {
     pub(crate) fn new(quiet: bool, show_index: bool) -> Self {
         let bar = (!quiet && io::stderr().is_terminal()).then(|| {
             let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr_with_hz(10));
-            bar.set_style(
-                ProgressStyle::with_template("{msg}").unwrap_or_else(|_| ProgressStyle::default_bar()),
-            );
+            let style = ProgressStyle::with_template("{bar:20} {wide_msg}");
+            bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()).progress_chars("━╸ "));
             bar
         });
         let now = Instant::now();
@@ -132,8 +131,11 @@ impl Report {
     /// Writes out what there is to say, and draws the progress.
     pub(crate) fn show(&mut self, progress: &Progress) {
         if let Some(bar) = &self.bar {
+            if let Some(total) = progress.total {
+                bar.set_length(total);
+            }
+            bar.set_position(progress.done);
             bar.set_message(self.status(progress));
-            bar.tick();
         } else if !self.quiet {
             let pause = if self.told_once { TOLD_EVERY } else { FIRST_TOLD };
             if self.told.elapsed() >= pause {
