@@ -604,8 +604,14 @@ def framed(**error):
     """The bytes of a failed call's record."""
     if error.get("hint") is None:
         error.pop("hint", None)
-    data = json.dumps(error).encode()
+    data = as_text(error)
     return LENGTH.pack(len(data)) + data
+
+
+def as_text(message):
+    """JSON for the worker, in which half a surrogate pair is no text: names
+    of files that are not UTF-8 have such."""
+    return json.dumps(message, ensure_ascii=False).encode("utf-8", "replace")
 
 
 def failed_call(job, error, value):
@@ -1013,7 +1019,7 @@ def main():
         job.load()
     except Unusable as reason:
         logs.flush()
-        channel.send(b"U", json.dumps(vars(reason)).encode())
+        channel.send(b"U", as_text(vars(reason)))
         channel.receive()  # the end, and with it the end of this process
     logs.start(job.nonce)
     channel.send(b"R", ready)

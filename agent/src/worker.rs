@@ -8,7 +8,7 @@ use std::{collections::VecDeque, future::Future, pin::Pin, sync::Arc, time::Dura
 use burla_core::{
     envelope::{Body, InputHeader},
     ids::JobId,
-    job::JobSpec,
+    job::{Function, JobSpec},
     queue::{self, Delivery, LONGEST_POLL, Queue, QueueExt, Receipt},
     record::{self, Failure, FailureKind, Outcome, Record},
     store::{self, ObjectStore},
@@ -305,9 +305,7 @@ impl Worker {
         if called.is_none() {
             self.state.idle_deaths += 1;
             if !self.state.begun || self.state.idle_deaths > IDLE_DEATHS {
-                let what = if self.state.begun { "between calls" } else { "while it loaded the function" };
-                let message = format!("the process that runs the calls ended {what}: {}", why(&ended));
-                return self.give_up(Unable { message, hint: None, traceback: None, usage: true }).await;
+                return self.give_up(self.unable_to_stay(&ended)).await;
             }
         }
         if let (Some(running), Some(message)) = (running, &mut self.state.message) {
@@ -328,6 +326,19 @@ impl Worker {
         }
         self.runtime.start().await?;
         self.feed().await
+    }
+
+    /// The process ends without a call that could be charged.
+    fn unable_to_stay(&self, ended: &Ended) -> Unable {
+        let who = match &self.spec.function {
+            Function::Python { interpreter, .. } => interpreter.display().to_string(),
+            Function::Command { .. } => "the process that runs the commands".into(),
+        };
+        let when = if self.state.begun { "between calls" } else { "before the function was loaded" };
+        let message = format!("{who} ended {when}: {}", why(ended));
+        let hint = "check that it is a working Python 3.9 or later (--python names another), and that the \
+                    function's file does not end the process when it is imported";
+        Unable { message, hint: Some(hint.into()), traceback: None, usage: true }
     }
 
     /// Charges the end of its process to the call at position `at`: it is repeated, or has failed.

@@ -52,7 +52,7 @@ pub(crate) enum Command {
 )]
 pub(crate) struct Map {
     /// The function, then the file with the inputs; - or nothing for stdin
-    #[arg(value_names = ["FUNCTION", "INPUTS"], num_args = 0..=2)]
+    #[arg(value_names = ["FUNCTION", "INPUTS"], num_args = 0..)]
     positional: Vec<String>,
 
     /// A command to run on each input, instead of a function
@@ -227,6 +227,14 @@ impl Map {
             ));
         }
         let inputs = self.inputs(file.map(String::as_str), is_command)?;
+        if let Inputs::File(path, _) = &inputs {
+            for written in self.output.iter().chain(&self.errors) {
+                if same_file(path, written) {
+                    let message = format!("{} holds the inputs", written.display());
+                    return Err(Usage::new(message, "write the results to another file"));
+                }
+            }
+        }
         if self.with_input
             && self.output_format != OutputFormat::Records
             && self.errors.is_none()
@@ -323,6 +331,12 @@ impl Map {
             with_input: self.with_input,
         })
     }
+}
+
+fn same_file(one: &Path, other: &Path) -> bool {
+    use std::os::unix::fs::MetadataExt;
+    let identity = |path: &Path| path.metadata().map(|metadata| (metadata.dev(), metadata.ino()));
+    matches!((identity(one), identity(other)), (Ok(one), Ok(other)) if one == other)
 }
 
 /// The value of a variable of our own environment, to be passed on.

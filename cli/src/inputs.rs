@@ -99,7 +99,7 @@ pub(crate) enum Source {
 
 impl Source {
     fn read(name: String, from: Box<dyn Read + Send>, format: Format) -> Self {
-        let from = if format.gzip { Box::new(MultiGzDecoder::new(from)) } else { from };
+        let from = if format.gzip { Box::new(Gzip(MultiGzDecoder::new(from))) } else { from };
         Self::Read { name, from, layout: format.layout }
     }
 
@@ -137,6 +137,7 @@ impl Source {
             }
             Self::Read { name, from, layout } => {
                 let mut from = BufReader::with_capacity(CHUNK, from);
+                skip_mark(&mut from).map_err(|error| unreadable(&name, &error))?;
                 match layout {
                     Layout::Jsonl => lines(&name, &mut from, true, to),
                     Layout::Lines => lines(&name, &mut from, false, to),
@@ -174,7 +175,45 @@ fn pushed(error: PushError, place: &str, hint: &str) -> Stopped {
 }
 
 fn unreadable(name: &str, error: &io::Error) -> Stopped {
+    if let Some(NotGzip(why)) = error.get_ref().and_then(|inner| inner.downcast_ref()) {
+        let hint = "if it is not compressed, name its format with --input-format, without .gz";
+        return Usage::new(format!("{name} is not gzip, or is cut short: {why}"), hint).into();
+    }
     Usage { message: format!("failed to read {name}: {error}"), hint: None }.into()
+}
+
+/// Compressed bytes, of which the errors say that they are about that.
+struct Gzip<R>(MultiGzDecoder<R>);
+
+#[derive(Debug)]
+struct NotGzip(io::Error);
+
+impl fmt::Display for NotGzip {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+impl std::error::Error for NotGzip {}
+
+impl<R: Read> Read for Gzip<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.0.read(buffer).map_err(|error| match error.kind() {
+            io::ErrorKind::InvalidInput | io::ErrorKind::InvalidData | io::ErrorKind::UnexpectedEof => {
+                io::Error::other(NotGzip(error))
+            }
+            _ => error,
+        })
+    }
+}
+
+/// Skips the byte order mark that some editors write first.
+fn skip_mark(from: &mut impl BufRead) -> io::Result<()> {
+    const MARK: &[u8] = b"\xef\xbb\xbf";
+    if from.fill_buf()?.starts_with(MARK) {
+        from.consume(MARK.len());
+    }
+    Ok(())
 }
 
 /// One input a line.
@@ -239,6 +278,7 @@ fn array(name: &str, from: impl Read, to: &Submitter) -> Result<(), Stopped> {
     match (read, elements.stopped) {
         (_, Some(error)) => Err(pushed(error, name, "")),
         (Ok(()), None) => Ok(()),
+        (Err(error), None) if error.is_io() => Err(unreadable(name, &error.into())),
         (Err(error), None) => Err(Usage::new(
             format!("{name} is not a JSON array: {error}"),
             "for one JSON value a line add --input-format jsonl, for plain text --input-format lines",
@@ -249,7 +289,22 @@ fn array(name: &str, from: impl Read, to: &Submitter) -> Result<(), Stopped> {
 
 /// One object of strings a row.
 fn rows(name: &str, from: impl Read, to: &Submitter) -> Result<(), Stopped> {
-    let wrong = |error: csv::Error| Usage { message: format!("{name} is not CSV: {error}"), hint: None };
+    let wrong = |error: csv::Error| -> Stopped {
+        let line = |position: &Option<csv::Position>| position.as_ref().map_or(0, csv::Position::line);
+        match error.into_kind() {
+            csv::ErrorKind::Io(error) => unreadable(name, &error),
+            csv::ErrorKind::UnequalLengths { pos, expected_len, len } => {
+                let fields = if len == 1 { "field" } else { "fields" };
+                let message =
+                    format!("{name}, line {} has {len} {fields}, the header has {expected_len}", line(&pos));
+                Usage::new(message, "a field with commas in it stands in quotes").into()
+            }
+            csv::ErrorKind::Utf8 { pos, .. } => {
+                pushed(PushError::NotText, &format!("{name}, line {}", line(&pos)), "")
+            }
+            kind => Usage { message: format!("{name} is not CSV: {kind:?}"), hint: None }.into(),
+        }
+    };
     let mut reader = csv::Reader::from_reader(from);
     let header = reader.headers().map_err(wrong)?.clone();
     for (i, column) in header.iter().enumerate() {

@@ -199,7 +199,7 @@ impl Run {
         if stop && self.code.is_none() {
             self.code = Some(FAILED);
             if self.stop == Stop::IfAllAlike {
-                self.report.remark(&format!(
+                self.report.say(&format!(
                     "the first {ALIKE} inputs have all failed alike: stopping (--keep-going goes on)"
                 ));
             }

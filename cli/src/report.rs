@@ -75,7 +75,8 @@ impl Report {
         }
     }
 
-    fn say(&mut self, text: &str) {
+    /// A remark that the user has to know.
+    pub(crate) fn say(&mut self, text: &str) {
         self.pending.extend_from_slice(format!("burla: {text}\n").as_bytes());
     }
 
