@@ -123,7 +123,7 @@ fn csv_fields_may_hold_quotes_commas_and_newlines() {
     ];
     let found: Vec<Value> = piped(&["--input-format", "csv"], content)
         .lines()
-        .map(|line| serde_json::from_str(line).expect("results are JSON"))
+        .map(|line| serde_json::from_str(line).unwrap_or_else(|error| panic!("{error}: {line:?}")))
         .collect();
     assert_eq!(found, expected);
 }
@@ -131,9 +131,9 @@ fn csv_fields_may_hold_quotes_commas_and_newlines() {
 #[test]
 fn values_reach_python_and_come_back_as_they_were() {
     let values = "9007199254740993\n123456789012345678901234567890\n-0.0\n1e-7\n\"\\ud83d\\ude00 \\u0000\"\n\
-                  [[], {}, [[[null]]]]\n{\"b\": 1, \"a\": {\"b\": 2}}\n";
+                  [[], {}, [[[null]]]]\n{\"b\": 1, \"a\": {\"b\": 2}}\n\"\\ud800\"\n";
     let expected = "9007199254740993\n123456789012345678901234567890\n-0.0\n1e-07\n\"😀 \\u0000\"\n\
-                    [[], {}, [[[null]]]]\n{\"b\": 1, \"a\": {\"b\": 2}}\n";
+                    [[], {}, [[[null]]]]\n{\"b\": 1, \"a\": {\"b\": 2}}\n\"\\ud800\"\n";
     assert_eq!(piped(&[], values), expected);
 }
 
@@ -379,6 +379,28 @@ fn modules_beside_the_file_import_as_in_a_plain_run() {
     let spelled = format!("{}:f", burla.path("app/f.py").display());
     let output = elsewhere.map([&spelled]).stdin("1\n").run();
     assert_eq!((output.code, output.stdout.as_str()), (0, expected), "{}", output.stderr);
+}
+
+#[test]
+fn calls_run_in_a_folder_of_their_own() {
+    let burla = Burla::new();
+    burla.file(
+        "f.py",
+        "import os, sys, tempfile\n\
+         def f(x):\n    open('left.txt', 'w').write('x')\n    tempfile.mkstemp()\n    return [os.path.exists('kept.txt'), sys.stdin.read()]\n",
+    );
+    burla.file("kept.txt", "kept");
+    let output = burla.map(["f.py:f"]).stdin("1\n2\n").run();
+    assert_eq!(
+        (output.code, output.stdout.as_str()),
+        (0, "[false, \"\"]\n[false, \"\"]\n"),
+        "{}",
+        output.stderr
+    );
+    let mut left: Vec<_> =
+        fs::read_dir(burla.path("")).expect("list it").map(|e| e.expect("list it").file_name()).collect();
+    left.sort();
+    assert_eq!(left, ["f.py", "kept.txt"]);
 }
 
 #[test]

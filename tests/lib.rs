@@ -73,7 +73,7 @@ impl Burla {
     #[must_use]
     #[expect(clippy::new_without_default, reason = "this makes a folder; nobody wants one by default")]
     pub fn new() -> Self {
-        let folder = tempfile::Builder::new().prefix("burla-test-").tempdir().expect("a temporary folder");
+        let folder = tempfile::Builder::new().prefix("user-").tempdir().expect("a temporary folder");
         Self { folder }
     }
 

@@ -3,7 +3,7 @@
 use std::io::{self, Read, Write};
 
 use bytes::{Bytes, BytesMut};
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncReadExt};
 
 /// Bytes before a payload.
 const HEADER: usize = 9;
@@ -64,14 +64,10 @@ fn parse_header(bytes: [u8; HEADER]) -> io::Result<(Kind, usize)> {
     Ok((Kind::parse(bytes[0])?, usize::try_from(u64::from_le_bytes(len)).map_err(io::Error::other)?))
 }
 
-/// Writes a frame whose payload is the concatenation of `parts`.
-pub(crate) async fn send(to: &mut (impl AsyncWrite + Unpin), kind: Kind, parts: &[&[u8]]) -> io::Result<()> {
-    let len = parts.iter().map(|part| part.len()).sum();
-    to.write_all(&header(kind, len)).await?;
-    for part in parts {
-        to.write_all(part).await?;
-    }
-    Ok(())
+/// A frame whose payload is the concatenation of `parts`, in parts as well.
+pub(crate) fn frame(kind: Kind, parts: &[Bytes]) -> Vec<Bytes> {
+    let header = Bytes::copy_from_slice(&header(kind, parts.iter().map(Bytes::len).sum()));
+    std::iter::once(header).chain(parts.iter().filter(|part| !part.is_empty()).cloned()).collect()
 }
 
 /// Reads frames; what was read of one stays here when the future is dropped.
@@ -131,14 +127,18 @@ pub(crate) fn receive_blocking(from: &mut impl Read) -> io::Result<Option<(Kind,
 mod tests {
     use std::time::Duration;
 
+    use tokio::io::AsyncWriteExt;
+
     use super::*;
 
     #[tokio::test]
     async fn frames_survive_being_cut_anywhere_and_readers_being_dropped() {
         let (mut ours, mut theirs) = tokio::io::duplex(7);
         let writer = tokio::spawn(async move {
-            send(&mut theirs, Kind::Big, &[b"one ", b"two"]).await.unwrap();
-            send(&mut theirs, Kind::Written, &[]).await.unwrap();
+            let big = frame(Kind::Big, &[Bytes::from_static(b"one "), Bytes::from_static(b"two")]);
+            for part in big.into_iter().chain(frame(Kind::Written, &[])) {
+                theirs.write_all(&part).await.unwrap();
+            }
         });
         let mut reader = Reader::default();
         let mut frames = Vec::new();

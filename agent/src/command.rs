@@ -25,6 +25,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     channel::{Kind, receive_blocking, send_blocking},
     logs::{Nonce, marker},
+    reenter,
     runtime::Unable,
     shared::{Cell, Shared},
 };
@@ -272,7 +273,12 @@ impl Call {
         command.args(arguments);
         let (read, write) = pipe_with(PipeFlags::CLOEXEC)?;
         let stdin = if used { Stdio::null() } else { Stdio::from(line(&input)?) };
-        command.stdin(stdin).stdout(Stdio::from(write)).stderr(Stdio::inherit()).env_remove(SHARED_VARIABLE);
+        command
+            .stdin(stdin)
+            .stdout(Stdio::from(write))
+            .stderr(Stdio::inherit())
+            .env_remove(SHARED_VARIABLE)
+            .env_remove(reenter::VARIABLE);
         Ok(Self { command, output: File::from(read) })
     }
 

@@ -30,7 +30,6 @@ impl Files {
         mut packed: Bytes,
         store: &dyn ObjectStore,
     ) -> Result<(), store::Error> {
-        let mut contents = Vec::new();
         for (position, entry) in (0..).zip(&header.files) {
             let wanted = (header.from..header.to).contains(&position);
             let path = self.path(header.first + u64::from(position), &entry.name)?;
@@ -39,7 +38,11 @@ impl Files {
                     let len = usize::try_from(*len).unwrap_or(usize::MAX).min(packed.len());
                     let content = packed.split_to(len);
                     if wanted {
-                        contents.push((path, content));
+                        // Here and not on a thread of its own, which would go on when this worker is
+                        // killed; packed files are small.
+                        let written = make_parent(&path).and_then(|()| std::fs::write(&path, &content));
+                        written.map_err(|error| failed(&path, error))?;
+                        tokio::task::yield_now().await;
                     }
                 }
                 FileContent::Object { key } if wanted => {
@@ -49,16 +52,7 @@ impl Files {
                 FileContent::Object { .. } => {}
             }
         }
-        if contents.is_empty() {
-            return Ok(());
-        }
-        let written = tokio::task::spawn_blocking(move || {
-            contents.into_iter().try_for_each(|(path, content)| {
-                let written = make_parent(&path).and_then(|()| std::fs::write(&path, &content));
-                written.map_err(|error| failed(&path, error))
-            })
-        });
-        written.await.unwrap_or_else(|error| Err(store::Error::Unavailable(error.to_string())))
+        Ok(())
     }
 
     /// Removes the files of inputs that are done.

@@ -1,6 +1,6 @@
 //! The seam to what a slot is: a task of this process, a process, or a container.
 
-use std::{collections::BTreeMap, io, path::PathBuf, sync::Arc};
+use std::{collections::BTreeMap, io, path::PathBuf, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use burla_core::{
@@ -25,6 +25,9 @@ use crate::{
     scratch::{Scratch, SlotFolders},
     worker::Worker,
 };
+
+/// What keeps a worker from working may pass: it is tried again after these.
+const PAUSES: [Duration; 3] = [Duration::from_millis(100), Duration::from_secs(1), Duration::from_secs(5)];
 
 /// Starts workers and ends them.
 ///
@@ -82,7 +85,7 @@ impl WorkerHost for Tasks {
                 let (job, worker, queues) = (job.clone(), worker.clone(), queues.clone());
                 Outbox::new(job, worker, queues, queue.clone(), store.clone())
             };
-            let work = async {
+            let work = || async {
                 let spec = &assignment.spec;
                 let bundle = match &spec.bundle {
                     Some(blob) => Some(scratch.bundle(blob, &*store).await?),
@@ -108,8 +111,14 @@ impl WorkerHost for Tasks {
                 drop(folders);
                 anyhow::Ok(ended?)
             };
-            if let Err(error) = work.await {
-                let message = format!("worker {worker} failed: {error:#}");
+            for pause in PAUSES {
+                if work().await.is_ok() {
+                    return;
+                }
+                tokio::time::sleep(pause).await;
+            }
+            if let Err(error) = work().await {
+                let message = format!("worker {worker} failed again and again: {error}");
                 let unable = Unable { message, hint: None, traceback: None, usage: false };
                 // A job whose queues are gone has nobody to tell.
                 let _ = outbox().unable(unable).await;

@@ -14,7 +14,8 @@ mod tree;
 
 use std::{
     collections::BTreeMap,
-    io,
+    fs::File,
+    io::{self, Seek, Write},
     mem::MaybeUninit,
     os::{
         fd::{AsFd, OwnedFd},
@@ -23,10 +24,12 @@ use std::{
     path::{Path, PathBuf},
     process::{ExitStatus, Stdio},
     sync::atomic::{AtomicI32, Ordering},
+    time::Duration,
 };
 
 use burla_core::wire;
 use bytes::Bytes;
+use rustix::fs::{MemfdFlags, memfd_create};
 use rustix::net::{
     AddressFamily, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketFlags, SocketType,
     recv, sendmsg, socketpair,
@@ -37,14 +40,15 @@ use tokio::{io::Interest, net::UnixStream};
 
 use crate::reenter::{Reenter, Role};
 
-/// Longer than any message between a worker and its keeper: an environment fits.
-const LONGEST: usize = 1 << 20;
+/// Descriptors that come with [`Order::Start`].
+const FDS: usize = 5;
 
 /// What a worker tells its keeper.
 #[derive(Debug, Serialize, Deserialize)]
 enum Order {
-    /// Start the runtime child. Four descriptors come along: stdin, stdout, stderr, shared memory.
-    Start(Program),
+    /// Start the runtime child. Descriptors come along: stdin, stdout, stderr, shared memory, and a file
+    /// with the [`Program`], whose environment may be longer than a message.
+    Start,
     /// Kill all that was started.
     Kill,
     /// End without touching the scratch folder: the worker ends in good order.
@@ -99,7 +103,7 @@ pub(crate) enum Ended {
 #[derive(Debug)]
 pub(crate) struct Keeper {
     /// Of sequenced packets, whatever its type says: tokio has none for those.
-    socket: UnixStream,
+    socket: Option<UnixStream>,
     process: std::process::Child,
     reenter: Reenter,
     scratch: PathBuf,
@@ -112,7 +116,7 @@ impl Keeper {
     pub(crate) fn start(reenter: &Reenter, scratch: &Path) -> io::Result<Self> {
         let (socket, process) = Self::launch(reenter, scratch)?;
         Ok(Self {
-            socket,
+            socket: Some(socket),
             process,
             reenter: reenter.clone(),
             scratch: scratch.to_owned(),
@@ -123,7 +127,7 @@ impl Keeper {
     /// Starts another one in the place of one that was lost.
     pub(crate) fn replace(&mut self) -> io::Result<()> {
         let (socket, process) = Self::launch(&self.reenter, &self.scratch)?;
-        self.socket = socket;
+        self.socket = Some(socket);
         let mut lost = std::mem::replace(&mut self.process, process);
         let _ = lost.kill();
         lost.wait().map(drop)
@@ -144,12 +148,16 @@ impl Keeper {
     }
 
     /// Starts the runtime child.
-    pub(crate) fn run(&self, program: Program, fds: [OwnedFd; 4]) -> io::Result<()> {
-        let fds = fds.each_ref().map(AsFd::as_fd);
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(4))];
+    pub(crate) fn run(&self, program: &Program, fds: &[OwnedFd; 4]) -> io::Result<()> {
+        let mut described = File::from(memfd_create("program", MemfdFlags::CLOEXEC)?);
+        described.write_all(&wire::encode(program, &[]))?;
+        described.rewind()?;
+        let [stdin, stdout, stderr, shared] = fds.each_ref().map(AsFd::as_fd);
+        let fds = [stdin, stdout, stderr, shared, described.as_fd()];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS))];
         let mut ancillary = SendAncillaryBuffer::new(&mut space);
         ancillary.push(SendAncillaryMessage::ScmRights(&fds));
-        self.send(&Order::Start(program), &mut ancillary)
+        self.send(&Order::Start, &mut ancillary)
     }
 
     /// Kills all that was started. What is left to [`Keeper::ended`] is to tell when it is gone.
@@ -160,11 +168,9 @@ impl Keeper {
 
     fn send(&self, order: &Order, ancillary: &mut SendAncillaryBuffer<'_, '_, '_>) -> io::Result<()> {
         let message = wire::encode(order, &[]);
-        if message.len() > LONGEST {
-            return Err(io::Error::other("the environment is longer than a process may have"));
-        }
         let parts = [io::IoSlice::new(&message)];
-        sendmsg(&self.socket, &parts, ancillary, SendFlags::NOSIGNAL)?;
+        let socket = self.socket.as_ref().ok_or(io::ErrorKind::NotConnected)?;
+        sendmsg(socket, &parts, ancillary, SendFlags::NOSIGNAL)?;
         Ok(())
     }
 
@@ -192,10 +198,11 @@ impl Keeper {
 
     async fn report(&self) -> io::Result<Report> {
         let mut buffer = vec![0; 4096];
+        let socket = self.socket.as_ref().ok_or(io::ErrorKind::NotConnected)?;
         let len = loop {
-            self.socket.readable().await?;
-            let read = self.socket.try_io(Interest::READABLE, || {
-                let (len, _) = recv(&self.socket, &mut buffer, RecvFlags::empty())?;
+            socket.readable().await?;
+            let read = socket.try_io(Interest::READABLE, || {
+                let (len, _) = recv(socket, &mut buffer, RecvFlags::empty())?;
                 Ok(len)
             });
             match read {
@@ -211,7 +218,17 @@ impl Keeper {
 impl Drop for Keeper {
     fn drop(&mut self) {
         let _ = self.send(&Order::Leave, &mut SendAncillaryBuffer::default());
-        // It kills what it keeps and ends; that takes a few milliseconds.
+        // It sees the end even if it did not get the word.
+        self.socket = None;
+        // It kills what it keeps and ends, which takes a few milliseconds, unless the kernel holds on
+        // to something: then it gives up after five seconds.
+        for _ in 0..1500 {
+            if !matches!(self.process.try_wait(), Ok(None)) {
+                return;
+            }
+            tree::pause(Duration::from_millis(4));
+        }
+        let _ = self.process.kill();
         let _ = self.process.wait();
     }
 }

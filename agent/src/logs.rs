@@ -113,19 +113,28 @@ struct Lines {
     /// A state of a progress bar that waits whether a newer one replaces it.
     progress: Option<Vec<u8>>,
     progress_told: Option<Instant>,
-    /// The last byte was `\r`: a `\n` that follows belongs to it.
+    /// What stood before a `\r` that was the last byte: whether a `\n` follows decides what it is.
+    returned: Option<Vec<u8>>,
+    /// It was let out already; a `\n` that follows belongs to it.
     after_return: bool,
 }
 
 impl Lines {
     fn write(&mut self, mut bytes: &[u8], now: Instant, mut out: impl FnMut(Vec<u8>, bool)) {
-        while !bytes.is_empty() {
-            if std::mem::take(&mut self.after_return) && bytes[0] == b'\n' {
-                bytes = &bytes[1..];
-                // It was a line after all.
-                if let Some(line) = self.progress.take() {
+        while let Some(first) = bytes.first() {
+            let returned = self.returned.take();
+            let line_feed = *first == b'\n' && (returned.is_some() || self.after_return);
+            self.after_return = false;
+            match returned {
+                Some(line) if line_feed => {
+                    self.flush_progress(&mut out);
                     out(line, false);
                 }
+                Some(line) => self.progress(line, now, &mut out),
+                None => {}
+            }
+            if line_feed {
+                bytes = &bytes[1..];
                 continue;
             }
             let Some(end) = memchr2(b'\n', b'\r', bytes) else {
@@ -139,16 +148,17 @@ impl Lines {
                 self.flush_progress(&mut out);
                 out(line, false);
             } else {
-                self.after_return = true;
-                if !line.is_empty() {
-                    self.progress = Some(line);
-                }
-                // A `\n` may follow at once: `\r\n` is no progress bar.
-                if bytes.get(end + 1) != Some(&b'\n') {
-                    self.tick(now, &mut out);
-                }
+                self.returned = Some(line);
             }
             bytes = &bytes[end + 1..];
+        }
+    }
+
+    /// A new state of a progress bar.
+    fn progress(&mut self, line: Vec<u8>, now: Instant, out: &mut impl FnMut(Vec<u8>, bool)) {
+        if !line.is_empty() {
+            self.progress = Some(line);
+            self.let_out(now, out);
         }
     }
 
@@ -161,6 +171,14 @@ impl Lines {
     }
 
     fn tick(&mut self, now: Instant, mut out: impl FnMut(Vec<u8>, bool)) {
+        if self.returned.as_ref().is_some_and(|line| !line.is_empty()) {
+            self.progress = self.returned.take();
+            self.after_return = true;
+        }
+        self.let_out(now, &mut out);
+    }
+
+    fn let_out(&mut self, now: Instant, out: &mut impl FnMut(Vec<u8>, bool)) {
         let due = self.progress_told.is_none_or(|told| now - told >= PROGRESS);
         if due && let Some(line) = self.progress.take() {
             self.progress_told = Some(now);
@@ -176,6 +194,9 @@ impl Lines {
 
     fn finish(&mut self, mut out: impl FnMut(Vec<u8>, bool)) {
         self.after_return = false;
+        if let Some(line) = self.returned.take().filter(|line| !line.is_empty()) {
+            self.progress = Some(line);
+        }
         self.flush_progress(&mut out);
         if !self.partial.is_empty() {
             out(std::mem::take(&mut self.partial), false);
@@ -254,9 +275,8 @@ mod tests {
                 splitter.attribute(Some(0), &mut out);
             }
             splitter.finish(Some(0), &mut out);
-            let shown: Vec<String> =
-                text(&out).into_iter().map(|(_, line)| line).filter(|line| !line.is_empty()).collect();
-            assert_eq!(shown, ["a", "b", "c"], "cut every {size} bytes");
+            let shown: Vec<String> = text(&out).into_iter().map(|(_, line)| line).collect();
+            assert_eq!(shown, ["a", "", "b", "c"], "cut every {size} bytes");
         }
     }
 

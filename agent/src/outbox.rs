@@ -1,6 +1,6 @@
 //! What a worker has to tell its client, until it is durably in the queues.
 
-use std::{sync::Arc, time::Duration};
+use std::{future::Future, pin::Pin, sync::Arc, time::Duration};
 
 use burla_core::{
     envelope::{Body, FromWorker, LogBatch, LogLine, ResultHeader, Unable},
@@ -26,6 +26,11 @@ const INLINE: usize = BATCH_BYTES - 1024;
 /// Bytes of a log line in one message. Several fit in one call.
 const LINE_PART: usize = 128 << 10;
 
+/// Bytes of lines that wait while others are being sent. At more, the calls that print have to wait.
+const FULL: usize = 4 << 20;
+
+type Sending = Pin<Box<dyn Future<Output = Result<(), queue::Error>> + Send>>;
+
 /// Collects results and log lines and sends them in batches.
 pub(crate) struct Outbox {
     job: JobId,
@@ -37,6 +42,8 @@ pub(crate) struct Outbox {
     pieces_len: usize,
     lines: Vec<LogLine>,
     lines_len: usize,
+    /// Lines on their way. Nothing else waits for them: whoever reads them may be slow.
+    sending: Option<Sending>,
     /// Number of the first line in `lines`.
     sequence: u64,
     objects: u64,
@@ -80,6 +87,7 @@ impl Outbox {
             pieces_len: 0,
             lines: Vec::new(),
             lines_len: 0,
+            sending: None,
             sequence: 0,
             objects: 0,
             results_told: None,
@@ -123,19 +131,34 @@ impl Outbox {
             (!empty).then(|| told.filter(|_| !plenty).map_or_else(Instant::now, |told| told + PAUSE))
         };
         let results = due(self.pieces.is_empty(), self.results_told, self.pieces_len >= PLENTY);
-        let lines = due(self.lines.is_empty(), self.lines_told, self.lines_len >= PLENTY);
+        let lines =
+            due(self.lines.is_empty() || self.sending.is_some(), self.lines_told, self.lines_len >= PLENTY);
         results.into_iter().chain(lines).min()
     }
 
-    /// Sends all there is. Should it fail, the input message is not acknowledged, so its inputs run again.
+    /// Whether so many lines wait that no more should be read.
+    pub(crate) fn full(&self) -> bool {
+        self.lines_len >= FULL
+    }
+
+    /// Sends the results there are, and begins to send the lines. Should it fail, the input message is
+    /// not acknowledged, so its inputs run again.
     pub(crate) async fn flush(&mut self) -> Result<(), Error> {
-        self.flush_lines().await?;
+        self.begin_lines();
         self.flush_results().await
     }
 
-    async fn flush_lines(&mut self) -> Result<(), Error> {
-        if self.lines.is_empty() {
-            return Ok(());
+    /// Waits until the lines on their way are sent; for ever if there are none. Cancel-safe.
+    pub(crate) async fn sent(&mut self) -> Result<(), queue::Error> {
+        let Some(sending) = &mut self.sending else { return std::future::pending().await };
+        let sent = sending.await;
+        self.sending = None;
+        sent
+    }
+
+    fn begin_lines(&mut self) {
+        if self.lines.is_empty() || self.sending.is_some() {
+            return;
         }
         self.lines_told = Some(Instant::now());
         let lines = std::mem::take(&mut self.lines);
@@ -152,7 +175,8 @@ impl Outbox {
             batch.push(line);
         }
         messages.push(self.log_message(batch));
-        Ok(self.queue.send_all(&self.queues.logs, &messages).await?)
+        let (queue, logs) = (self.queue.clone(), self.queues.logs.clone());
+        self.sending = Some(Box::pin(async move { queue.send_all(&logs, &messages).await }));
     }
 
     fn log_message(&mut self, lines: Vec<LogLine>) -> Bytes {
@@ -207,6 +231,10 @@ impl Outbox {
     /// Tells that this worker can't run the job.
     pub(crate) async fn unable(&mut self, why: crate::runtime::Unable) -> Result<(), Error> {
         self.flush().await?;
+        while self.sending.is_some() {
+            self.sent().await?;
+            self.begin_lines();
+        }
         let crate::runtime::Unable { message, hint, traceback, usage } = why;
         let (job, worker) = (self.job.clone(), self.worker.clone());
         let unable = FromWorker::Unable(Unable { job, worker, message, hint, traceback, usage });

@@ -9,7 +9,7 @@ use std::{
 use crate::{command, keeper};
 
 /// The variable that makes a program that calls [`reenter`] one of the small processes.
-const VARIABLE: &str = "BURLA_REENTER";
+pub(crate) const VARIABLE: &str = "BURLA_REENTER";
 
 /// How to start this program once more, so that it calls [`reenter`] first of all.
 #[derive(Clone, Debug)]

@@ -330,8 +330,8 @@ def shortest_writing_call():
 class Undecodable:
     """Stands for an input that json refuses, such as one nested too deeply."""
 
-    def __init__(self, error):
-        self.error = error
+    def __init__(self, why):
+        self.why = why
 
 
 def decode(payload):
@@ -356,7 +356,9 @@ def decode_one(text):
     try:
         return json.loads(text)
     except (ValueError, RecursionError, MemoryError) as error:
-        return Undecodable(error.with_traceback(None))
+        if isinstance(error, RecursionError):
+            return Undecodable("the input is nested too deeply")
+        return Undecodable(f"the input could not be decoded: {error}")
 
 
 def split_list(text):
@@ -378,7 +380,7 @@ def split_list(text):
 def refusing_undecodable(function):
     def call(value):
         if type(value) is Undecodable:
-            raise value.error
+            raise ValueError(value.why)
         return function(value)
 
     return call
@@ -639,10 +641,19 @@ def failed_call(job, error, value):
 def hint_about(job, error, value):
     if isinstance(error, ModuleNotFoundError):
         return missing_module_hint()
+    if isinstance(error, FileNotFoundError) and is_relative(error.filename):
+        return (
+            "calls run in a folder of their own: send the file along with "
+            f"--include {error.filename}"
+        )
     if isinstance(error, TypeError) and not error.__traceback__.tb_next:
         # No frame of the function: the call itself was refused.
         return arguments_hint(job, value)
     return None
+
+
+def is_relative(path):
+    return isinstance(path, str) and not os.path.isabs(path)
 
 
 def arguments_hint(job, value):
@@ -931,10 +942,10 @@ class Runner:
         # Popped from the end, so that an input is gone once it has been run.
         del inputs[stop:], inputs[:start]
         inputs.reverse()
-        try:
-            return self._loop(function, inputs.pop, first, start, stop)
-        finally:
-            self.cells[RUNNING] = 0
+        reached = self._loop(function, inputs.pop, first, start, stop)
+        # Not in a finally: should this process end, the call that was running is to be charged.
+        self.cells[RUNNING] = 0
+        return reached
 
     def _loop(self, function, take, first, start, stop):
         cells, memory, logs, job = self.cells, self.memory, self.logs, self.job

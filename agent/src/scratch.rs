@@ -2,8 +2,9 @@
 
 use std::{
     collections::HashMap,
-    fs, io,
-    os::unix::fs::symlink,
+    fs::{self, File},
+    io,
+    os::unix::fs::{MetadataExt, symlink},
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -14,6 +15,10 @@ use burla_core::{
     spill,
     store::{self, ObjectStore},
 };
+use rustix::{
+    fs::{FlockOperation, flock},
+    process::getuid,
+};
 use sha2::{Digest, Sha256};
 use tempfile::TempDir;
 use tokio::sync::{Mutex, OnceCell};
@@ -22,6 +27,8 @@ use tokio::sync::{Mutex, OnceCell};
 #[derive(Debug)]
 pub struct Scratch {
     folder: TempDir,
+    /// The folder, locked for as long as this process lives.
+    _lock: File,
     bundles: Mutex<HashMap<String, Arc<OnceCell<PathBuf>>>>,
 }
 
@@ -46,10 +53,18 @@ impl Drop for SlotFolders {
 }
 
 impl Scratch {
-    /// A new, empty folder in [`spill::directory`].
+    /// A new, empty folder in [`spill::directory`]. Those that processes left there which were killed
+    /// before they had a keeper are removed.
     pub fn new() -> io::Result<Self> {
-        let folder = tempfile::Builder::new().prefix("burla-").tempdir_in(spill::directory())?;
-        Ok(Self { folder, bundles: Mutex::default() })
+        let place = spill::directory();
+        sweep(&place);
+        loop {
+            let folder = tempfile::Builder::new().prefix(PREFIX).tempdir_in(&place)?;
+            // Somebody else's sweep may have been faster.
+            if let Some(lock) = lock(folder.path()) {
+                return Ok(Self { folder, _lock: lock, bundles: Mutex::default() });
+            }
+        }
     }
 
     /// Where it is.
@@ -60,8 +75,12 @@ impl Scratch {
 
     /// Removes it, once nothing uses it any more.
     pub fn remove(&self) {
-        // What can't be removed is not ours.
-        let _ = fs::remove_dir_all(self.path());
+        // A file that was being written may appear while its folder is emptied.
+        for _ in 0..3 {
+            if fs::remove_dir_all(self.path()).is_ok() {
+                return;
+            }
+        }
     }
 
     /// The Python runner's file.
@@ -120,6 +139,29 @@ impl Scratch {
             }
         }
         Ok(folders)
+    }
+}
+
+/// What the names of scratch folders begin with.
+const PREFIX: &str = "burla-";
+
+/// The lock of a scratch folder; none if another process has it, or has removed the folder.
+fn lock(folder: &Path) -> Option<File> {
+    let file = File::open(folder).ok()?;
+    flock(&file, FlockOperation::NonBlockingLockExclusive).ok()?;
+    let (ours, there) = (file.metadata().ok()?, fs::metadata(folder).ok()?);
+    ((ours.dev(), ours.ino()) == (there.dev(), there.ino())).then_some(file)
+}
+
+/// Removes scratch folders of this user that nobody has locked.
+fn sweep(place: &Path) {
+    let own = getuid().as_raw();
+    for entry in fs::read_dir(place).into_iter().flatten().flatten() {
+        let named = entry.file_name().to_str().is_some_and(|name| name.starts_with(PREFIX));
+        let ours = entry.metadata().is_ok_and(|metadata| metadata.is_dir() && metadata.uid() == own);
+        if named && ours && lock(&entry.path()).is_some() {
+            let _ = fs::remove_dir_all(entry.path());
+        }
     }
 }
 

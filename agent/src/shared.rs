@@ -2,8 +2,9 @@
 //! window in which it leaves finished results, so that both outlive the child's death and cost no
 //! system call per input.
 //!
-//! The layout is a page of little-endian `u64` cells, then the window. The child only writes
-//! [`Cell::Running`] and [`Cell::Written`]; the worker writes the others.
+//! The layout is a page of little-endian `u64` cells, then the window. The child writes
+//! [`Cell::Running`] and [`Cell::Written`]; the worker writes the others, and resets `Written` while the
+//! child waits.
 
 use std::{
     fs::File,

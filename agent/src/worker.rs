@@ -116,7 +116,8 @@ struct Running {
     done: u32,
     /// The call that is running, and since when it was seen.
     call: Option<(u64, Instant)>,
-    timed_out: bool,
+    /// The call that was stopped because it took too long.
+    timed_out: Option<u64>,
     began: Instant,
     /// From where on the view is to be left to others, once it is certain that it stops there.
     offer: Option<u32>,
@@ -149,6 +150,15 @@ type Poll = Pin<Box<dyn Future<Output = Result<Vec<Delivery>, queue::Error>> + S
 impl Worker {
     /// Works until the job's queues are gone. Dropping it kills what it runs.
     pub(crate) async fn run(mut self) -> Result<(), Error> {
+        let ended = self.work().await;
+        if ended.is_err() {
+            // Somebody else may fare better.
+            let _ = self.give_back().await;
+        }
+        ended
+    }
+
+    async fn work(&mut self) -> Result<(), Error> {
         let mut poll = Some(self.poll());
         let mut tick = interval(TICK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -156,7 +166,10 @@ impl Worker {
             let due = self.outbox.due();
             tokio::select! {
                 biased;
-                event = self.runtime.next(), if self.state.started => self.on_event(event).await?,
+                event = self.runtime.next(), if self.state.started && !self.outbox.full() => {
+                    self.on_event(event).await?;
+                }
+                sent = self.outbox.sent() => sent?,
                 () = sleep_until(due.unwrap_or_else(Instant::now)), if due.is_some() => self.outbox.flush().await?,
                 deliveries = received(&mut poll), if self.state.prefetched.is_none() => {
                     match deliveries {
@@ -227,8 +240,7 @@ impl Worker {
         let view =
             View { first: message.first, from: task.from, to: task.to, inputs: message.inputs.clone() };
         let began = Instant::now();
-        self.state.running =
-            Some(Running { task, done: 0, call: None, timed_out: false, began, offer: None });
+        self.state.running = Some(Running { task, done: 0, call: None, timed_out: None, began, offer: None });
         match self.runtime.feed(&view).await {
             // It died meanwhile, and says so next.
             Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
@@ -301,8 +313,12 @@ impl Worker {
             return self.give_up(Unable { message, hint: None, traceback: None, usage: false }).await;
         }
         let running = self.state.running.take();
-        let called = self.runtime.running();
-        if called.is_none() {
+        // The child may have died between two calls, or after it had left a call's record.
+        let next = running.as_ref().zip(self.state.message.as_ref());
+        let next = next.map(|(running, message)| message.first + u64::from(running.task.from + running.done));
+        let called = self.runtime.running().filter(|index| Some(*index) == next);
+        let deliberate = running.as_ref().is_some_and(|running| running.timed_out.is_some());
+        if called.is_none() && !deliberate {
             self.state.idle_deaths += 1;
             if !self.state.begun || self.state.idle_deaths > IDLE_DEATHS {
                 return self.give_up(self.unable_to_stay(&ended)).await;
@@ -311,12 +327,14 @@ impl Worker {
         if let (Some(running), Some(message)) = (running, &mut self.state.message) {
             let at = running.task.from + running.done;
             if at < running.task.to {
-                let rest = match called {
-                    None => at,
-                    Some(_) => at + 1,
-                };
-                if rest < running.task.to {
-                    message.todo.push_front(Task::fresh(rest, running.task.to));
+                if called.is_none() && running.done == 0 {
+                    // Not begun again: what was charged to it stays charged.
+                    message.todo.push_front(running.task.clone());
+                } else {
+                    let rest = at + u32::from(called.is_some());
+                    if rest < running.task.to {
+                        message.todo.push_front(Task::fresh(rest, running.task.to));
+                    }
                 }
                 if called.is_some() {
                     self.state.begun = true;
@@ -347,17 +365,22 @@ impl Worker {
         // What was charged so far is the first input's of the view alone.
         let before = if running.done == 0 { running.task.clone() } else { Task::fresh(at, at + 1) };
         let mut task = Task { from: at, to: at + 1, calls: before.calls + 1, ..before };
-        let (kind, again, why) = if running.timed_out {
+        let (kind, again, why) = if running.timed_out == Some(message.first + u64::from(at)) {
             task.failures += 1;
             let limit = self.spec.timeout.unwrap_or_default();
             (FailureKind::Timeout, task.failures <= self.spec.retries, format!("took longer than {limit:?}"))
         } else if let Ended::Memory(peak) = ended {
             task.over_memory += 1;
-            let why = format!(
-                "used {} of memory, more than the {} that a call may use",
-                mebibytes(*peak),
-                mebibytes(self.spec.ram.unwrap_or_default())
-            );
+            let limit = self.spec.ram.unwrap_or_default();
+            let why = match *peak > limit {
+                true => format!(
+                    "used {}, more than the {} of memory that a call may use",
+                    mebibytes(*peak),
+                    mebibytes(limit)
+                ),
+                // The kernel let it have no more.
+                false => format!("reached the {} of memory that a call may use", mebibytes(limit)),
+            };
             (FailureKind::Memory, task.over_memory <= MEMORY_REPEATS, why)
         } else {
             task.crashes += 1;
@@ -369,7 +392,8 @@ impl Worker {
             return;
         }
         let seconds = running.call.map_or(0.0, |(_, since)| since.elapsed().as_secs_f32());
-        let failure = Box::new(failure(kind, why));
+        let alike = if kind == FailureKind::Crashed { self::why(ended) } else { String::new() };
+        let failure = Box::new(failure(kind, why, &alike));
         let outcome = Outcome::Failed { failure, output: Bytes::new() };
         let mut bytes = BytesMut::new();
         Record { seconds, outcome }.write(&mut bytes);
@@ -379,13 +403,19 @@ impl Worker {
     /// This worker can't run the job: the client is told, and the message is somebody else's.
     async fn give_up(&mut self, why: Unable) -> Result<(), Error> {
         self.outbox.unable(why).await?;
+        self.give_back().await?;
+        // Until the client ends the job, or somebody else stops this worker.
+        std::future::pending().await
+    }
+
+    /// Gives messages that it has not finished back at once.
+    async fn give_back(&mut self) -> Result<(), Error> {
         let held = self.state.message.take().map(|message| message.receipt);
         let prefetched = self.state.prefetched.take().map(|delivery| delivery.receipt);
         for receipt in held.into_iter().chain(prefetched) {
             self.queue.extend(&self.inputs, &[receipt], Duration::ZERO).await?;
         }
-        // Until the client ends the job, or somebody else stops this worker.
-        std::future::pending().await
+        Ok(())
     }
 
     async fn on_tick(&mut self, poll: &mut Option<Poll>) -> Result<(), Error> {
@@ -458,9 +488,9 @@ impl Worker {
         }
         if let (Some(limit), Some((_, since))) = (self.spec.timeout, running.call)
             && since.elapsed() >= limit
-            && !running.timed_out
+            && running.timed_out.is_none()
         {
-            running.timed_out = true;
+            running.timed_out = index;
             self.runtime.kill();
         }
     }
@@ -486,7 +516,7 @@ fn mebibytes(bytes: u64) -> String {
     format!("{:.0} MiB", bytes as f64 / f64::from(1 << 20))
 }
 
-fn failure(kind: FailureKind, message: String) -> Failure {
+fn failure(kind: FailureKind, message: String, alike: &str) -> Failure {
     let type_name = match kind {
         FailureKind::Timeout => "timeout",
         FailureKind::Memory => "memory",
@@ -495,7 +525,7 @@ fn failure(kind: FailureKind, message: String) -> Failure {
     Failure {
         kind,
         type_name: type_name.into(),
-        fingerprint: type_name.into(),
+        fingerprint: format!("{type_name} {alike}").trim_end().to_owned(),
         message,
         traceback: None,
         hint: None,

@@ -227,14 +227,7 @@ impl Map {
             ));
         }
         let inputs = self.inputs(file.map(String::as_str), is_command)?;
-        if let Inputs::File(path, _) = &inputs {
-            for written in self.output.iter().chain(&self.errors) {
-                if same_file(path, written) {
-                    let message = format!("{} holds the inputs", written.display());
-                    return Err(Usage::new(message, "write the results to another file"));
-                }
-            }
-        }
+        self.check_outputs(&inputs)?;
         if self.with_input
             && self.output_format != OutputFormat::Records
             && self.errors.is_none()
@@ -258,6 +251,29 @@ impl Map {
                 _ => Stop::IfAllAlike,
             },
         })
+    }
+
+    /// What is written must not be what is read.
+    fn check_outputs(&self, inputs: &Inputs) -> Result<(), Usage> {
+        let read = match inputs {
+            Inputs::File(path, _) => identity(&std::fs::metadata(path)),
+            Inputs::Stdin(_) => identity(&std::fs::metadata("/dev/stdin")),
+            Inputs::Files(_) => None,
+        };
+        for written in self.output.iter().chain(&self.errors) {
+            let found = identity(&std::fs::metadata(written));
+            if found.is_some() && found == read {
+                let message = format!("{} holds the inputs", written.display());
+                return Err(Usage::new(message, "write the results to another file"));
+            }
+        }
+        if self.output.is_some() && self.output == self.errors {
+            return Err(Usage::new(
+                "--output and --errors name the same file",
+                "write the errors to another one",
+            ));
+        }
+        Ok(())
     }
 
     fn inputs(&self, file: Option<&str>, is_command: bool) -> Result<Inputs, Usage> {
@@ -333,10 +349,14 @@ impl Map {
     }
 }
 
-fn same_file(one: &Path, other: &Path) -> bool {
+/// What tells a regular file from all others.
+fn identity(metadata: &std::io::Result<std::fs::Metadata>) -> Option<(u64, u64)> {
     use std::os::unix::fs::MetadataExt;
-    let identity = |path: &Path| path.metadata().map(|metadata| (metadata.dev(), metadata.ino()));
-    matches!((identity(one), identity(other)), (Ok(one), Ok(other)) if one == other)
+    metadata
+        .as_ref()
+        .ok()
+        .filter(|metadata| metadata.is_file())
+        .map(|metadata| (metadata.dev(), metadata.ino()))
 }
 
 /// The value of a variable of our own environment, to be passed on.

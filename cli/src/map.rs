@@ -7,7 +7,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tokio::{
     runtime::Runtime,
     signal::unix::{Signal, SignalKind, signal},
-    sync::oneshot,
+    sync::{oneshot, watch},
     time::{Instant, MissedTickBehavior, interval, sleep_until},
 };
 
@@ -32,6 +32,9 @@ const ALIKE: u64 = 100;
 
 /// How often progress is shown, and a closed stdout noticed that nothing is written to.
 const TICK: Duration = Duration::from_millis(100);
+
+/// How many events are taken before what they wrote is let out and signals are looked at.
+const AT_ONCE: usize = 4096;
 
 /// How long an interrupted job may take to end.
 const PATIENCE: Duration = Duration::from_millis(800);
@@ -62,6 +65,7 @@ fn refuse(usage: &Usage) -> ExitCode {
 }
 
 async fn run(plan: Plan, source: Source, output: Output) -> u8 {
+    let interrupted = watch_signals();
     let mut report = Report::new(plan.quiet, plan.show_index);
     let cluster = match Cluster::embedded().await {
         Ok(cluster) => cluster,
@@ -79,8 +83,9 @@ async fn run(plan: Plan, source: Source, output: Output) -> u8 {
         // The submitter closes when it is dropped, which is after this.
         let _ = stopped.send(source.submit(&submitter).err());
     });
-    let mut run = Run { report, output, stop: plan.stop, finished: 0, failed: false, code: None };
-    let ended = run.follow(job).await;
+    let to_stdout = plan.output.is_none();
+    let mut run = Run { report, output, stop: plan.stop, to_stdout, failed: false, code: None };
+    let ended = run.follow(job, interrupted).await;
     let code = run.end(ended, read).await;
     cluster.shutdown().await;
     code
@@ -104,7 +109,7 @@ struct Run {
     report: Report,
     output: Output,
     stop: Stop,
-    finished: u64,
+    to_stdout: bool,
     failed: bool,
     /// The exit code, once something decided it.
     code: Option<u8>,
@@ -118,37 +123,31 @@ struct Ended {
 
 impl Run {
     /// Tells all that the job tells, until its end.
-    async fn follow(&mut self, mut job: Job) -> Ended {
-        let mut signals = Signals::new();
+    async fn follow(&mut self, mut job: Job, mut interrupted: watch::Receiver<Option<u8>>) -> Ended {
         let mut tick = interval(TICK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let mut deadline: Option<Instant> = None;
         let mut error = None;
         loop {
             let mut ended = false;
             tokio::select! {
                 biased;
-                code = signals.next() => {
-                    if deadline.is_some() {
-                        std::process::exit(code.into());
-                    }
-                    deadline = Some(Instant::now() + PATIENCE);
+                code = signalled(&mut interrupted), if self.code.is_none() => {
                     self.code = Some(code);
                     job.cancel();
                 }
-                () = sleep_until(deadline.unwrap_or_else(Instant::now)), if deadline.is_some() => ended = true,
                 event = job.next() => match event {
                     Some(event) => self.take(event, &mut job, &mut error),
                     None => ended = true,
                 },
                 _ = tick.tick() => {
-                    if stdout_closed() && self.code.is_none() {
+                    if self.to_stdout && self.code.is_none() && stdout_closed() {
                         self.code = Some(CLOSED);
                         job.cancel();
                     }
                 }
             }
-            while let Some(event) = job.try_next() {
+            for _ in 0..AT_ONCE {
+                let Some(event) = job.try_next() else { break };
                 self.take(event, &mut job, &mut error);
             }
             if let Err(failed) = self.output.flush() {
@@ -165,8 +164,14 @@ impl Run {
     fn take(&mut self, event: Result<Event, Error>, job: &mut Job, error: &mut Option<Error>) {
         match event {
             Ok(Event::Line(line)) => self.report.line(&line),
+            Ok(Event::Failed { index, failure }) => {
+                let alike = self.report.failed(index, &failure);
+                self.judge(alike, job);
+            }
             Ok(Event::Finished(finished)) => {
-                self.judge(&finished.outcome, finished.index, job);
+                if let Outcome::Ok { nulled: true, .. } = finished.outcome {
+                    self.report.nulled(finished.index);
+                }
                 if self.code != Some(CLOSED)
                     && let Err(failed) = self.output.write(&finished)
                 {
@@ -178,22 +183,12 @@ impl Run {
         }
     }
 
-    /// Decides whether the job goes on after this.
-    fn judge(&mut self, outcome: &Outcome, index: u64, job: &Job) {
-        let mut alike = 0;
-        match outcome {
-            Outcome::Failed { failure, .. } => {
-                self.failed = true;
-                alike = self.report.failed(index, failure);
-            }
-            Outcome::Ok { nulled: true, .. } => self.report.nulled(index),
-            Outcome::Cancelled => return,
-            _ => {}
-        }
-        self.finished += 1;
+    /// Decides whether the job goes on after a failure, the `alike`-th of its kind.
+    fn judge(&mut self, alike: u64, job: &Job) {
+        self.failed = true;
         let stop = match self.stop {
-            Stop::AtFirst => alike > 0,
-            Stop::IfAllAlike => self.finished == ALIKE && alike == ALIKE,
+            Stop::AtFirst => true,
+            Stop::IfAllAlike => alike >= ALIKE && job.progress().done == alike,
             Stop::Never => false,
         };
         if stop && self.code.is_none() {
@@ -224,7 +219,13 @@ impl Run {
     async fn end(&mut self, ended: Ended, read: oneshot::Receiver<Option<Stopped>>) -> u8 {
         let Ended { error, progress } = ended;
         // Inputs that ended too early closed the job, so the answer is there; else nobody waits for it.
-        let stopped = if self.code.is_none() && error.is_none() { read.await.ok().flatten() } else { None };
+        let stopped = match (self.code, &error) {
+            (None, None) => read.await.unwrap_or_else(|_| {
+                let message = "the inputs could not be read to their end".into();
+                Some(Stopped::Usage(Usage { message, hint: None }))
+            }),
+            _ => None,
+        };
         let quiet_end = matches!(self.code, Some(CLOSED));
         if !quiet_end {
             let cancelled = self.code.is_some() || error.is_some();
@@ -263,25 +264,42 @@ impl Run {
     }
 }
 
-/// Signals that end the job.
-struct Signals {
-    interrupt: Option<Signal>,
-    terminate: Option<Signal>,
+/// Tells of the signal that ends the job. If that takes long, or there is a second signal, this
+/// process ends on the spot; its keepers end what it had started.
+fn watch_signals() -> watch::Receiver<Option<u8>> {
+    let (tell, told) = watch::channel(None);
+    let of = |kind| signal(kind).ok();
+    let (mut interrupt, mut terminate) = (of(SignalKind::interrupt()), of(SignalKind::terminate()));
+    tokio::spawn(async move {
+        let mut deadline = None;
+        loop {
+            let code = tokio::select! {
+                biased;
+                () = received(&mut interrupt) => INTERRUPTED,
+                () = received(&mut terminate) => TERMINATED,
+                () = sleep_until(deadline.unwrap_or_else(Instant::now)), if deadline.is_some() => {
+                    told_code(&tell).unwrap_or(INTERRUPTED)
+                }
+            };
+            if deadline.is_some() {
+                std::process::exit(told_code(&tell).unwrap_or(code).into());
+            }
+            tell.send_replace(Some(code));
+            deadline = Some(Instant::now() + PATIENCE);
+        }
+    });
+    told
 }
 
-impl Signals {
-    fn new() -> Self {
-        let of = |kind| signal(kind).ok();
-        Self { interrupt: of(SignalKind::interrupt()), terminate: of(SignalKind::terminate()) }
-    }
+fn told_code(tell: &watch::Sender<Option<u8>>) -> Option<u8> {
+    *tell.borrow()
+}
 
-    /// The exit code that the next signal asks for.
-    async fn next(&mut self) -> u8 {
-        tokio::select! {
-            biased;
-            () = received(&mut self.interrupt) => INTERRUPTED,
-            () = received(&mut self.terminate) => TERMINATED,
-        }
+/// Waits for the code that a signal asks for.
+async fn signalled(interrupted: &mut watch::Receiver<Option<u8>>) -> u8 {
+    match interrupted.wait_for(Option::is_some).await.map(|code| *code) {
+        Ok(Some(code)) => code,
+        _ => std::future::pending().await,
     }
 }
 

@@ -40,14 +40,15 @@ impl Output {
             (Some(path), _) => {
                 Some(Failures { path: path.clone(), file: Some(BufWriter::new(create(path)?)), any: false })
             }
-            (None, Some(output)) => {
+            // Beside /dev/null there is no place for it.
+            (None, Some(output)) if output.is_file() => {
                 let mut path = output.clone().into_os_string();
                 path.push(".failed.jsonl");
                 // What an earlier run left there is not true any more.
                 let _ = fs::remove_file(&path);
                 Some(Failures { path: path.into(), file: None, any: false })
             }
-            (None, None) => None,
+            _ => None,
         };
         Ok(Self { to, format: plan.output_format, is_command: plan.is_command, owed: 0, failures })
     }

@@ -48,13 +48,17 @@ impl Bundle {
 
     fn walk(&mut self, from: &Path, to: &str) -> Result<(), PrepareError> {
         if !from.is_dir() {
-            self.files.insert(to.to_owned(), from.to_owned());
+            // Sockets, pipes and links that lead nowhere have no content to send.
+            if from.is_file() {
+                self.files.insert(to.to_owned(), from.to_owned());
+            }
             return Ok(());
         }
         for entry in fs::read_dir(from).map_err(|error| unreadable(from, &error))? {
             let entry = entry.map_err(|error| unreadable(from, &error))?;
             let name = entry.file_name().into_string().map_err(|_| not_text(&entry.path()))?;
-            if name == "__pycache__" {
+            // A link to a folder may lead back here.
+            if name == "__pycache__" || (entry.path().is_symlink() && entry.path().is_dir()) {
                 continue;
             }
             self.walk(&entry.path(), &if to.is_empty() { name } else { format!("{to}/{name}") })?;

@@ -10,6 +10,7 @@ use burla_core::{
     store::{ObjectStore, When},
 };
 use rand::{SeedableRng, rngs::StdRng};
+use tokio::sync::watch;
 
 use crate::{
     driver::Driver,
@@ -27,6 +28,8 @@ pub struct Cluster {
     pub(crate) queue: Arc<dyn Queue>,
     pub(crate) store: Arc<dyn ObjectStore>,
     pub(crate) control: Arc<dyn Control>,
+    /// Tells jobs, by being dropped, that the cluster is gone.
+    pub(crate) alive: watch::Sender<()>,
     #[cfg(feature = "embedded")]
     pub(crate) embedded: Option<crate::embedded::Services>,
 }
@@ -35,7 +38,10 @@ impl Cluster {
     /// Where a job with these options would run, in a few words: `embedded, 2 slots`.
     #[must_use]
     pub fn place(&self, options: &Options) -> String {
-        match self.capacity.map(|capacity| capacity.slots(options.cpu, options.ram)) {
+        match self.capacity.map(|capacity| {
+            let slots = capacity.slots(options.cpu, options.ram);
+            slots.min(options.max_parallelism.unwrap_or(slots))
+        }) {
             Some(1) => format!("{}, 1 slot", self.place),
             Some(slots) => format!("{}, {slots} slots", self.place),
             None => self.place.to_owned(),
@@ -61,11 +67,13 @@ impl Cluster {
             Err(error) => return Err(unavailable(error)),
         };
         let (queue, store, control) = (self.queue.clone(), self.store.clone(), self.control.clone());
-        Ok(Driver::start(id, codec, options, status, queue, store, control))
+        let alive = self.alive.subscribe();
+        Ok(Driver::start(id, codec, options, status, queue, store, control, alive))
     }
 
     /// Ends what runs in this process, and waits until it is gone.
     pub async fn shutdown(self) {
+        drop(self.alive);
         #[cfg(feature = "embedded")]
         if let Some(services) = self.embedded {
             services.shutdown().await;

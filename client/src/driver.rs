@@ -16,12 +16,12 @@ use std::{
 
 use burla_core::{
     control::{Control, Error as ControlError, JobStatus, PING_INTERVAL, Reply, Request},
-    envelope::{Body, FromWorker, InputHeader, LogBatch, ResultHeader},
+    envelope::{Body, FromWorker, InputHeader, LogBatch, ResultHeader, Unable},
     ids::JobId,
     interval::IntervalSet,
     job::QueueSet,
     queue::{self, BATCH_BYTES, BATCH_MESSAGES, Delivery, LONGEST_POLL, Queue, QueueExt, Receipt},
-    record,
+    record::{self, Failure},
     store::{ObjectStore, When},
     wire,
 };
@@ -82,6 +82,12 @@ pub(crate) struct Driver {
     order: Order,
     logs: Logs,
     lines: VecDeque<Vec<Line>>,
+    /// Failures that the caller has not been told, whatever results wait for their turn.
+    failures: Vec<(u64, Box<Failure>)>,
+    /// What the last results said of a worker that can't run the job.
+    unable: Option<Error>,
+    /// Closed when the cluster is dropped.
+    cluster: watch::Receiver<()>,
     /// What the caller is told as soon as it has room for it.
     staged: Option<Output>,
     status: JobStatus,
@@ -98,8 +104,9 @@ impl Driver {
         queue: Arc<dyn Queue>,
         store: Arc<dyn ObjectStore>,
         control: Arc<dyn Control>,
+        cluster: watch::Receiver<()>,
     ) -> (Submitter, Job) {
-        let packer = Arc::new(Packer::new(job.clone(), codec, store.clone()));
+        let packer = Arc::new(Packer::new(job.clone(), codec, options.files, store.clone()));
         let progress = Arc::new(Mutex::new(Progress::default()));
         let (outputs, received) = mpsc::channel(OUTPUTS);
         let (cancel, cancelled) = watch::channel(false);
@@ -123,6 +130,9 @@ impl Driver {
             order: Order::new(options.ordered),
             logs: Logs::default(),
             lines: VecDeque::new(),
+            failures: Vec::new(),
+            unable: None,
+            cluster,
             staged: None,
             status,
             ping_at: Instant::now() + FIRST_PING,
@@ -135,8 +145,7 @@ impl Driver {
     /// Runs the job to its end, whichever it is, and leaves nothing of it behind.
     async fn run(mut self) {
         let end = self.gather().await;
-        let submitted = self.packer.submitted();
-        self.packer.refuse();
+        let submitted = self.packer.refuse();
         let mut error = None;
         let ended = if let Ok(End::Complete) = end {
             self.control.call(Request::Finish { job: self.job.clone() }).await
@@ -172,6 +181,7 @@ impl Driver {
         let packer = self.packer.clone();
         let outputs = self.outputs.clone();
         let mut cancelled = self.cancelled.clone();
+        let mut cluster = self.cluster.clone();
         loop {
             self.submit().await?;
             self.stage()?;
@@ -186,6 +196,7 @@ impl Driver {
             tokio::select! {
                 biased;
                 () = said(&mut cancelled) => return Ok(End::Cancelled),
+                _ = cluster.changed() => return Err(unavailable("the cluster was shut down")),
                 permit = outputs.reserve(), if !idle => match (permit, self.staged.take()) {
                     (Ok(permit), Some(output)) => permit.send(output),
                     _ => return Ok(End::Cancelled),
@@ -193,6 +204,9 @@ impl Driver {
                 () = outputs.closed() => return Ok(End::Cancelled),
                 deliveries = &mut results, if idle => {
                     self.on_results(deliveries.map_err(unavailable)?).await?;
+                    if let Some(unable) = self.unable.take() {
+                        return Err(unable);
+                    }
                     results = self.poll(&self.queues.results);
                 }
                 deliveries = &mut logs, if idle => {
@@ -237,7 +251,8 @@ impl Driver {
     /// The message that carries a batch, or points at the object that does.
     async fn message(&self, batch: &Batch) -> Result<Bytes, Error> {
         let len = batch.inputs.len() + batch.contents.iter().map(Bytes::len).sum::<usize>();
-        let inline = len <= INLINE;
+        let names: usize = batch.files.iter().map(|file| file.name.len() + 64).sum();
+        let inline = len + names <= INLINE;
         let key = Window::key(&self.job, batch.first);
         let count = u32::try_from(batch.ends.len()).map_err(unavailable)?;
         let header = InputHeader {
@@ -272,13 +287,8 @@ impl Driver {
             }
             match message {
                 FromWorker::Results(header) => self.on_result(header, tail).await?,
-                FromWorker::Unable(unable) => {
-                    return Err(Error::Unable {
-                        message: unable.message,
-                        hint: unable.hint,
-                        traceback: unable.traceback,
-                        usage: unable.usage,
-                    });
+                FromWorker::Unable(Unable { message, hint, traceback, usage, .. }) => {
+                    self.unable = Some(Error::Unable { message, hint, traceback, usage });
                 }
             }
         }
@@ -322,18 +332,31 @@ impl Driver {
     /// Puts results that are new in line for the caller.
     fn accept(&mut self, mut chunk: Chunk) -> Result<(), Error> {
         if let Content::Records(bytes) = &chunk.content {
-            let mut at = 0;
-            while let Some(len) = record::first_len(&bytes[at..]) {
-                self.done += 1;
-                self.failed += u64::from(record::first_failed(&bytes[at..]));
-                at += len;
-            }
+            self.note_failures(chunk.first, bytes.clone())?;
+            self.done += chunk.count;
         }
         let wanted = self.with_input.then_some(self.codec);
         let (inputs, finished) = self.window.cover(chunk.first, chunk.count, wanted);
         chunk.inputs = inputs;
         finished.into_iter().for_each(|count| self.ramp.proved(count));
         self.order.push(chunk).map_err(unavailable)
+    }
+
+    fn note_failures(&mut self, first: u64, mut bytes: Bytes) -> Result<(), Error> {
+        let mut index = first;
+        while let Some(len) = record::first_len(&bytes) {
+            let failed = record::first_failed(&bytes);
+            let mut record = bytes.split_to(len);
+            if failed
+                && let record::Outcome::Failed { failure, .. } =
+                    record::take(&mut record).map_err(unavailable)?.outcome
+            {
+                self.failed += 1;
+                self.failures.push((index, failure));
+            }
+            index += 1;
+        }
+        Ok(())
     }
 
     /// Learns how long calls take.
@@ -373,12 +396,18 @@ impl Driver {
                 return Ok(Some(Output::Lines(lines)));
             }
         }
+        if !self.failures.is_empty() {
+            return Ok(Some(Output::Failures(std::mem::take(&mut self.failures))));
+        }
         Ok(self.order.pop().map_err(unavailable)?.map(Output::Results))
     }
 
     /// Takes in what workers had told already when the job was stopped.
     async fn take_what_is_there(&mut self) -> Result<(), Error> {
         let drain = async {
+            // No input is begun any more: those that wait are hidden from the workers.
+            let hide = || self.queue.receive(&self.queues.inputs, BATCH_MESSAGES, LEASE, Duration::ZERO);
+            while !hide().await.map_err(unavailable)?.is_empty() {}
             loop {
                 let results = self.queue.receive(&self.queues.results, BATCH_MESSAGES, LEASE, Duration::ZERO);
                 let results = results.await.map_err(unavailable)?;

@@ -20,12 +20,13 @@ use burla_bootstrap::{
     spec::{ClusterSpec, Pool},
 };
 use burla_core::{
-    clock::Wall,
+    clock::Steady,
     control::{Capacity, Control, Request},
     ids::NodeId,
     queue::{self, Queue},
     store::{self, ObjectStore},
 };
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::{sync::watch, task::JoinHandle};
 
 use crate::{cluster::Cluster, job::StartError};
@@ -43,7 +44,16 @@ static INITIALISED: AtomicBool = AtomicBool::new(false);
 /// same program, and end in here.
 pub fn init() {
     burla_agent::reenter();
+    raise_descriptor_limit();
     INITIALISED.store(true, Ordering::Relaxed);
+}
+
+/// Every slot takes a few descriptors of this process, and the usual limit of 1024 is for programs
+/// that call `select`. What calls start gets the old limit back.
+fn raise_descriptor_limit() {
+    let limit = getrlimit(Resource::Nofile);
+    // Without it, a machine with very many slots says that there are too many open files.
+    let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum });
 }
 
 /// What runs in this process.
@@ -85,7 +95,9 @@ impl Cluster {
         let capacity = capacity().map_err(failed)?;
         let queue: Arc<dyn Queue> = Arc::new(queue::Embedded::new());
         let store: Arc<dyn ObjectStore> = Arc::new(store::Embedded::new());
+        let clock = Arc::new(Steady::new());
         let nodes = Arc::new(Nodes {
+            clock: clock.clone(),
             queue: queue.clone(),
             store: store.clone(),
             scratch: Arc::new(Scratch::new().map_err(failed)?),
@@ -97,12 +109,13 @@ impl Cluster {
         // The one node is this machine: it never goes for lack of work.
         let pool = Pool { name: "here".into(), min_nodes: 1, max_nodes: 1, idle: 0, node: capacity };
         let spec = ClusterSpec { name: NAME.into(), pools: vec![pool] };
-        let service = MainService::new(queue.clone(), store.clone(), nodes.clone(), Arc::new(Wall), spec, 0);
+        let service = MainService::new(queue.clone(), store.clone(), nodes.clone(), clock.clone(), spec, 0);
         let control: Arc<dyn Control> = Arc::new(service);
         let _ = nodes.control.set(Arc::downgrade(&control));
         let sweep = tokio::spawn(sweep(Arc::downgrade(&control)));
         let embedded = Some(Services { nodes, sweep });
-        Ok(Self { place: NAME, capacity: Some(capacity), queue, store, control, embedded })
+        let alive = watch::Sender::new(());
+        Ok(Self { place: NAME, capacity: Some(capacity), queue, store, control, alive, embedded })
     }
 }
 
@@ -119,7 +132,23 @@ async fn sweep(control: Weak<dyn Control>) {
 fn capacity() -> io::Result<Capacity> {
     let cpus = std::thread::available_parallelism()?.get() as f64;
     let info = rustix::system::sysinfo();
-    Ok(Capacity { cpus, memory: info.totalram as u64 * u64::from(info.mem_unit.max(1)) })
+    let memory = info.totalram as u64 * u64::from(info.mem_unit.max(1));
+    Ok(Capacity { cpus, memory: memory_limits().fold(memory, u64::min) })
+}
+
+/// Memory limits of the cgroups that this process is in: a container has less than its machine.
+fn memory_limits() -> impl Iterator<Item = u64> {
+    let groups = std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+    let own: Vec<String> =
+        groups.lines().filter_map(|line| line.splitn(3, ':').nth(2)).map(str::to_owned).collect();
+    let files = own.into_iter().chain([String::new()]).flat_map(|path| {
+        let path = path.trim_matches('/').to_owned();
+        [
+            format!("/sys/fs/cgroup/{path}/memory.max"),
+            format!("/sys/fs/cgroup/memory/{path}/memory.limit_in_bytes"),
+        ]
+    });
+    files.filter_map(|file| std::fs::read_to_string(file).ok()?.trim().parse().ok())
 }
 
 /// The machines of an embedded cluster: agents as tasks of this process.
@@ -128,6 +157,7 @@ struct Nodes {
     store: Arc<dyn ObjectStore>,
     scratch: Arc<Scratch>,
     capacity: Capacity,
+    clock: Arc<Steady>,
     /// The service that the nodes are launched by: known only after it was made with them.
     control: OnceLock<Weak<dyn Control>>,
     /// Every node that was ever launched, so that none is launched twice; with its agent while it lives.
@@ -154,7 +184,7 @@ impl Nodes {
             scratch: self.scratch.clone(),
             reenter: Reenter::default(),
         };
-        Some(Agent::new(config, self.queue.clone(), control, Arc::new(Wall), Arc::new(host)))
+        Some(Agent::new(config, self.queue.clone(), control, self.clock.clone(), Arc::new(host)))
     }
 }
 

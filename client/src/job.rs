@@ -96,6 +96,13 @@ pub enum Error {
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub enum Event {
+    /// A call failed for good. It is told at once; its [`Event::Finished`] comes when it is its turn.
+    Failed {
+        /// The input's index.
+        index: u64,
+        /// Why.
+        failure: Box<Failure>,
+    },
     /// An input is done with.
     Finished(Finished),
     /// A call wrote a line.
@@ -196,6 +203,7 @@ pub enum Wait {
 pub(crate) enum Output {
     Results(Chunk),
     Lines(Vec<Line>),
+    Failures(Vec<(u64, Box<Failure>)>),
     Error(Error),
 }
 
@@ -213,6 +221,7 @@ pub struct Job {
 pub(crate) struct Current {
     chunk: Option<Chunk>,
     lines: std::vec::IntoIter<Line>,
+    failures: std::vec::IntoIter<(u64, Box<Failure>)>,
 }
 
 impl Job {
@@ -238,6 +247,7 @@ impl Job {
                 None => return Poll::Ready(None),
                 Some(Output::Results(chunk)) => self.current.chunk = Some(chunk),
                 Some(Output::Lines(lines)) => self.current.lines = lines.into_iter(),
+                Some(Output::Failures(failures)) => self.current.failures = failures.into_iter(),
                 Some(Output::Error(error)) => return Poll::Ready(Some(Err(error))),
             }
         }
@@ -268,6 +278,9 @@ impl Current {
     fn next(&mut self) -> Option<Result<Event, Error>> {
         if let Some(line) = self.lines.next() {
             return Some(Ok(Event::Line(line)));
+        }
+        if let Some((index, failure)) = self.failures.next() {
+            return Some(Ok(Event::Failed { index, failure }));
         }
         let chunk = self.chunk.as_mut()?;
         if chunk.count == 0 {

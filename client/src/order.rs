@@ -10,7 +10,7 @@ use burla_core::{
     record,
     spill::{self, Extent, Spill},
 };
-use bytes::Bytes;
+use bytes::{Buf, BufMut, Bytes, BytesMut};
 
 /// Bytes of results that wait in memory for an earlier one; more go to a temporary file.
 const IN_MEMORY: u64 = 48 << 20;
@@ -95,8 +95,8 @@ pub(crate) struct Order {
 #[derive(Debug)]
 enum Waiting {
     Memory(Chunk),
-    /// Without its bytes; where they are.
-    Spilled(Chunk, Vec<Extent>),
+    /// Without its bytes; where its records and its inputs are.
+    Spilled(Chunk, [Extent; 2]),
 }
 
 impl Order {
@@ -136,15 +136,12 @@ impl Order {
                 self.spill.insert(Spill::new()?)
             }
         };
-        let mut extents = Vec::new();
+        let mut parts = [Bytes::new(), pack(&chunk.inputs)];
+        chunk.inputs = VecDeque::new();
         if let Content::Records(bytes) = &mut chunk.content {
-            extents.push(spill.write(bytes)?);
-            *bytes = Bytes::new();
+            parts[0] = std::mem::take(bytes);
         }
-        for input in &mut chunk.inputs {
-            extents.push(spill.write(input)?);
-            *input = Bytes::new();
-        }
+        let extents = [spill.write(&parts[0])?, spill.write(&parts[1])?];
         Ok(Waiting::Spilled(chunk, extents))
     }
 
@@ -160,7 +157,7 @@ impl Order {
                 chunk
             }
             Waiting::Spilled(chunk, extents) => {
-                let chunk = self.unspill(chunk, &extents)?;
+                let chunk = self.unspill(chunk, extents)?;
                 self.spilled -= chunk.len();
                 chunk
             }
@@ -172,20 +169,14 @@ impl Order {
         Ok(Some(chunk))
     }
 
-    fn unspill(&self, mut chunk: Chunk, extents: &[Extent]) -> io::Result<Chunk> {
+    fn unspill(&self, mut chunk: Chunk, [records, inputs]: [Extent; 2]) -> io::Result<Chunk> {
         let spill = self.spill.as_ref().ok_or_else(|| io::Error::other("nothing was put aside"))?;
-        let mut contents = extents.iter().map(|extent| {
-            let bytes = spill.read(*extent);
-            spill.free(*extent);
-            bytes
-        });
-        let mut next = || contents.next().unwrap_or_else(|| Err(io::Error::other("a result is missing")));
         if let Content::Records(bytes) = &mut chunk.content {
-            *bytes = next()?;
+            *bytes = spill.read(records)?;
         }
-        for input in &mut chunk.inputs {
-            *input = next()?;
-        }
+        chunk.inputs = unpack(spill.read(inputs)?);
+        spill.free(records);
+        spill.free(inputs);
         Ok(chunk)
     }
 
@@ -202,6 +193,25 @@ impl Order {
     }
 }
 
+/// Each input behind its length.
+fn pack(inputs: &VecDeque<Bytes>) -> Bytes {
+    let mut packed = BytesMut::new();
+    for input in inputs {
+        packed.put_u64_le(input.len() as u64);
+        packed.put_slice(input);
+    }
+    packed.freeze()
+}
+
+fn unpack(mut packed: Bytes) -> VecDeque<Bytes> {
+    let mut inputs = VecDeque::new();
+    while packed.has_remaining() {
+        let len = packed.get_u64_le() as usize;
+        inputs.push_back(packed.split_to(len));
+    }
+    inputs
+}
+
 fn free_space() -> io::Result<u64> {
     let space = rustix::fs::statvfs(spill::directory())?;
     Ok(space.f_bavail.saturating_mul(space.f_frsize))
@@ -209,10 +219,8 @@ fn free_space() -> io::Result<u64> {
 
 #[cfg(test)]
 mod tests {
-    use burla_core::record::{Outcome, Record};
-    use bytes::BytesMut;
-
     use super::*;
+    use burla_core::record::{Outcome, Record};
 
     fn chunk(first: u64, count: u64, len: usize) -> Chunk {
         let mut bytes = BytesMut::new();

@@ -89,6 +89,7 @@ impl Submitter {
 
     /// Submits the next input. Waits while there are too many that are not sent yet.
     pub async fn push(&self, input: Input<'_>) -> Result<(), PushError> {
+        self.packer.check(input)?;
         loop {
             let room = self.packer.room.notified();
             tokio::pin!(room);
@@ -110,6 +111,7 @@ impl Submitter {
 
     /// As [`Submitter::push`], on a thread that may wait. Not to be called from async code.
     pub fn push_blocking(&self, input: Input<'_>) -> Result<(), PushError> {
+        self.packer.check(input)?;
         // The usual case is not worth a runtime's machinery.
         if matches!(input, Input::File(_)) || !self.packer.lock().has_room()? {
             return self.packer.runtime.block_on(self.push(input));
@@ -132,6 +134,7 @@ impl Drop for Submitter {
 pub(crate) struct Packer {
     job: JobId,
     codec: Codec,
+    takes_files: bool,
     store: Arc<dyn ObjectStore>,
     runtime: tokio::runtime::Handle,
     state: Mutex<State>,
@@ -177,10 +180,11 @@ pub(crate) struct Batch {
 }
 
 impl Packer {
-    pub(crate) fn new(job: JobId, codec: Codec, store: Arc<dyn ObjectStore>) -> Self {
+    pub(crate) fn new(job: JobId, codec: Codec, files: bool, store: Arc<dyn ObjectStore>) -> Self {
         Self {
             job,
             codec,
+            takes_files: files,
             store,
             runtime: tokio::runtime::Handle::current(),
             state: Mutex::default(),
@@ -191,6 +195,17 @@ impl Packer {
 
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    /// Whether this kind of input goes with this job.
+    fn check(&self, input: Input<'_>) -> Result<(), PushError> {
+        match (input, self.takes_files) {
+            (Input::File(_), false) => Err(PushError::Unsuitable("this job's inputs are not files")),
+            (Input::Json(_) | Input::Text(_), true) => {
+                Err(PushError::Unsuitable("this job's inputs are files"))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Adds an input behind the others.
@@ -254,9 +269,10 @@ impl Packer {
         state.count + state.ends.len() as u64
     }
 
-    /// Takes no more inputs, and forgets those that wait.
-    pub(crate) fn refuse(&self) {
+    /// Takes no more inputs, and forgets those that wait. Tells how many were submitted.
+    pub(crate) fn refuse(&self) -> u64 {
         let mut state = self.lock();
+        let submitted = state.count + state.ends.len() as u64;
         state.refused = true;
         state.closed = true;
         state.buffer.clear();
@@ -264,6 +280,7 @@ impl Packer {
         state.files.clear();
         drop(state);
         self.room.notify_waiters();
+        submitted
     }
 
     /// Cuts off the first inputs: at most `count`, of at most `small` bytes, or of at most `large`
@@ -272,19 +289,19 @@ impl Packer {
         let mut state = self.lock();
         let start = state.cut;
         let size = |state: &State, position: usize| {
-            let packed = state.files.get(position).map_or(0, |(_, content)| content.len());
+            let packed = state.files.get(position).map_or(0, travelling_len);
             (state.ends[position] - start) as usize + packed
         };
         if state.ends.is_empty() {
             return None;
         }
         let limit = if size(&state, 0) > small / 6 { large } else { small };
-        let (mut taken, mut packed) = (1, state.files.front().map_or(0, |(_, content)| content.len()));
+        let (mut taken, mut packed) = (1, state.files.front().map_or(0, travelling_len));
         while taken < count.min(state.ends.len()) {
             if size(&state, taken) + packed > limit {
                 break;
             }
-            packed += state.files.get(taken).map_or(0, |(_, content)| content.len());
+            packed += state.files.get(taken).map_or(0, travelling_len);
             taken += 1;
         }
         let ends: Vec<u32> = state.ends.drain(..taken).map(|end| (end - start) as u32).collect();
@@ -314,6 +331,11 @@ impl Batch {
     }
 }
 
+/// Bytes that a file adds to its message: its content, and its entry in the header.
+fn travelling_len((entry, content): &(FileEntry, Bytes)) -> usize {
+    entry.name.len() + 64 + content.len()
+}
+
 fn encode(codec: Codec, input: Input<'_>, to: &mut BytesMut) -> Result<(), PushError> {
     match (codec, input) {
         (Codec::Json, Input::Json(text)) => {
@@ -337,7 +359,7 @@ fn encode(codec: Codec, input: Input<'_>, to: &mut BytesMut) -> Result<(), PushE
                 Err(_) => put_raw(text.trim_ascii(), to)?,
             }
         }
-        (_, Input::File(_)) => return Err(PushError::Unsuitable("this job's inputs are not files")),
+        (_, Input::File(_)) => return Err(PushError::Unsuitable("a file travels by its name and content")),
     }
     // Positions within a batch are counted in 32 bits.
     if to.len() > u32::MAX as usize { Err(PushError::TooLong) } else { Ok(()) }
@@ -377,7 +399,7 @@ mod tests {
     use super::*;
 
     fn packer(codec: Codec) -> (Submitter, Arc<Packer>) {
-        let packer = Arc::new(Packer::new(JobId("j".into()), codec, Arc::new(Embedded::new())));
+        let packer = Arc::new(Packer::new(JobId("j".into()), codec, false, Arc::new(Embedded::new())));
         (Submitter::new(packer.clone()), packer)
     }
 

@@ -32,7 +32,9 @@ pub(crate) fn interpreter(wanted: Option<&Path>) -> Result<PathBuf, PrepareError
 
 fn on_path(name: &str) -> Option<PathBuf> {
     let path = std::env::var_os("PATH")?;
-    std::env::split_paths(&path).map(|folder| folder.join(name)).find(|path| executable(path))
+    let found = std::env::split_paths(&path).map(|folder| folder.join(name)).find(|path| executable(path));
+    // Calls run elsewhere, where a relative entry of PATH leads nowhere.
+    std::path::absolute(found?).ok()
 }
 
 fn executable(path: &Path) -> bool {
@@ -66,14 +68,15 @@ pub(crate) fn resolve(root: &Path, module: &str) -> Vec<PathBuf> {
     if top.is_empty() {
         return Vec::new();
     }
+    // In the order in which Python looks: a package, a module, a folder that is a namespace.
     let package = root.join(top);
-    if package.is_dir() {
+    let whole = || {
         let mut files = Vec::new();
         collect(&package, &mut files);
-        // A folder without Python in it is no package, whatever is imported by that name.
-        if files.iter().any(|file| file.extension().is_some_and(|ending| ending == "py")) {
-            return files;
-        }
+        files
+    };
+    if package.join("__init__.py").is_file() {
+        return whole();
     }
     let file = root.join(format!("{top}.py"));
     if file.is_file() {
@@ -85,7 +88,14 @@ pub(crate) fn resolve(root: &Path, module: &str) -> Vec<PathBuf> {
         let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
         name.strip_prefix(top).is_some_and(|rest| rest.starts_with('.') && rest.ends_with(".so"))
     };
-    entries.filter(is_extension).collect()
+    let extensions: Vec<PathBuf> = entries.filter(is_extension).collect();
+    if !extensions.is_empty() || !package.is_dir() {
+        return extensions;
+    }
+    let files = whole();
+    // A folder without Python in it is no package, whatever is imported by that name.
+    let python = files.iter().any(|file| file.extension().is_some_and(|ending| ending == "py"));
+    if python { files } else { Vec::new() }
 }
 
 /// All files in a folder, but for caches and hidden ones.
@@ -107,15 +117,17 @@ fn collect(folder: &Path, files: &mut Vec<PathBuf>) {
 /// The modules that a source imports by absolute name, anywhere in it. Text that only looks like an
 /// import names a module too many, which does no harm.
 fn imports(source: &str) -> BTreeSet<String> {
+    let source = source.replace("\\\n", " ");
     let mut modules = BTreeSet::new();
-    for statement in source.lines().flat_map(|line| line.split(';')) {
-        let statement = statement.trim();
-        // After a colon on the same line: `try: import fast`.
-        let statement = statement.rsplit_once(": ").map_or(statement, |(_, rest)| rest.trim());
-        if let Some(names) = statement.strip_prefix("import ") {
-            modules.extend(names.split(',').filter_map(first_name));
-        } else if let Some(rest) = statement.strip_prefix("from ") {
-            modules.extend(first_name(rest));
+    for line in source.lines() {
+        let code = line.split('#').next().unwrap_or_default();
+        // Statements are separated by semicolons, and may follow a colon: `try: import fast`.
+        for statement in code.split(';').flat_map(|part| part.split(": ")).map(str::trim) {
+            if let Some(names) = statement.strip_prefix("import ") {
+                modules.extend(names.split(',').filter_map(first_name));
+            } else if let Some(rest) = statement.strip_prefix("from ") {
+                modules.extend(first_name(rest));
+            }
         }
     }
     modules
@@ -134,8 +146,9 @@ mod tests {
     #[test]
     fn imports_are_found_wherever_they_stand() {
         let source = "import a, b.c as d\nfrom e.f import (\n  g)\ntry: import h\nexcept ImportError: pass\n\
-                      def f():\n    from i import j; import k\nfrom . import l\nimport = 3\n# import m\n";
+                      def f():\n    from i import j; import k\nfrom . import l\nimport = 3\n# import m\n\
+                      import n  # type: ignore\nfrom o import p  # noqa: E402\nimport q, \\\n  r\n";
         let found: Vec<String> = imports(source).into_iter().collect();
-        assert_eq!(found, ["a", "b.c", "e.f", "h", "i", "k"]);
+        assert_eq!(found, ["a", "b.c", "e.f", "h", "i", "k", "n", "o", "q", "r"]);
     }
 }

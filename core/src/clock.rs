@@ -29,6 +29,34 @@ pub trait Clock: Send + Sync + 'static {
     fn now(&self) -> Millis;
 }
 
+/// Wall time as of its making, then a clock that stands still while the machine sleeps: a lease
+/// between parts of one process does not end because a lid was closed.
+#[derive(Clone, Copy, Debug)]
+pub struct Steady {
+    wall: Millis,
+    since: tokio::time::Instant,
+}
+
+impl Steady {
+    /// A clock that is right now.
+    #[must_use]
+    pub fn new() -> Self {
+        Self { wall: Wall.now(), since: tokio::time::Instant::now() }
+    }
+}
+
+impl Default for Steady {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Clock for Steady {
+    fn now(&self) -> Millis {
+        self.wall.plus(self.since.elapsed())
+    }
+}
+
 /// The machine's wall clock.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Wall;

@@ -23,6 +23,7 @@ pub use embedded::{Embedded, Weather};
 /// - **Limits.** A call takes at most [`BATCH_MESSAGES`] messages of together [`BATCH_BYTES`];
 ///   more is [`Error::TooLarge`] and sends nothing. Within a call single messages may fail.
 /// - **Long polls.** `receive` returns as soon as there is a message, and with none after `wait`.
+/// - `send` may take as long as it likes, for instance until a full queue has room.
 /// - A queue that does not exist, or does no more, is [`Error::NoQueue`].
 /// - Dropping a future loses nothing: what it had received comes back when its lease ends.
 #[async_trait]

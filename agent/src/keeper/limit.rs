@@ -20,25 +20,35 @@ pub(super) struct Limit {
 }
 
 impl Limit {
-    /// A limit of so many bytes for `main` and its descendants.
-    pub(super) fn new(bytes: u64, main: Pid) -> Self {
-        Self { bytes, peak: 0, tree: Tree::default(), group: Group::new(bytes, main) }
+    /// A limit of so many bytes for what `start` starts and its descendants.
+    pub(super) fn around<T>(bytes: u64, start: impl FnOnce() -> T) -> (Self, T) {
+        let group = Group::new(bytes);
+        // What is started is in the group from its first moment, because it inherits it from us.
+        if let Some(group) = &group {
+            group.enter();
+        }
+        let started = start();
+        if let Some(group) = &group {
+            group.leave();
+        }
+        (Self { bytes, peak: 0, tree: Tree::default(), group }, started)
     }
 
     /// The most memory that was measured, if it is more than is allowed.
     pub(super) fn exceeded(&mut self) -> Option<u64> {
         if let Some(group) = &self.group {
-            return group.killed().then(|| group.peak().max(self.bytes));
+            return group.exceeded().then(|| group.peak().max(self.bytes));
         }
         let pids = self.tree.descendants();
         // What is resident counts pages twice that forked processes share, but it is cheap: the exact
         // figure is asked for only when this one is too high.
-        let resident: u64 = pids.iter().filter_map(|pid| field(*pid, "status", "RssAnon:")).sum();
-        let used = if resident > self.bytes {
-            pids.iter().filter_map(|pid| field(*pid, "smaps_rollup", "Pss_Anon:")).sum()
-        } else {
-            resident
+        let sum = |file: &str, fields: [&str; 2]| -> u64 {
+            let of = |pid: &Pid| fields.iter().filter_map(|name| field(*pid, file, name)).sum::<u64>();
+            pids.iter().map(of).sum()
         };
+        let resident = sum("status", ["RssAnon:", "RssShmem:"]);
+        let used =
+            if resident > self.bytes { sum("smaps_rollup", ["Pss_Anon:", "Pss_Shmem:"]) } else { resident };
         self.peak = self.peak.max(used);
         (used > self.bytes).then_some(self.peak)
     }
@@ -55,6 +65,7 @@ fn field(pid: Pid, file: &str, name: &str) -> Option<u64> {
 #[derive(Debug)]
 struct Group {
     path: PathBuf,
+    parent: PathBuf,
     names: &'static Names,
 }
 
@@ -67,6 +78,9 @@ struct Names {
     swap_counts_memory: bool,
     peak: &'static str,
     events: &'static str,
+    /// What is written where so that the kernel does not pick one process of the call to kill, which
+    /// would look like the call's own failure: version 1 lets all of them wait, version 2 kills all.
+    whole: (&'static str, &'static str),
 }
 
 const V1: Names = Names {
@@ -75,6 +89,7 @@ const V1: Names = Names {
     swap_counts_memory: true,
     peak: "memory.max_usage_in_bytes",
     events: "memory.oom_control",
+    whole: ("memory.oom_control", "1"),
 };
 
 const V2: Names = Names {
@@ -83,27 +98,38 @@ const V2: Names = Names {
     swap_counts_memory: false,
     peak: "memory.peak",
     events: "memory.events",
+    whole: ("memory.oom.group", "1"),
 };
 
 impl Group {
-    /// A group with `main` in it; none where cgroups are not ours to make.
-    fn new(bytes: u64, main: Pid) -> Option<Self> {
+    /// An empty group; none where cgroups are not ours to make.
+    fn new(bytes: u64) -> Option<Self> {
         let (parent, names) = parent()?;
         let path = parent.join(format!("burla-{}", getpid().as_raw_nonzero()));
         fs::create_dir(&path).ok()?;
-        let group = Self { path, names };
+        let group = Self { path, parent, names };
         fs::write(group.path.join(names.limit), bytes.to_string()).ok()?;
         let swap = if names.swap_counts_memory { bytes } else { 0 };
         let _ = fs::write(group.path.join(names.swap), swap.to_string());
-        fs::write(group.path.join("cgroup.procs"), main.as_raw_nonzero().to_string()).ok()?;
-        Some(group)
+        fs::write(group.path.join(names.whole.0), names.whole.1).ok()?;
+        // Whether we may move between the two is known only by trying.
+        group.enter();
+        group.leave().then_some(group)
     }
 
-    /// Whether the kernel had to kill something in it.
-    fn killed(&self) -> bool {
+    fn enter(&self) -> bool {
+        fs::write(self.path.join("cgroup.procs"), getpid().as_raw_nonzero().to_string()).is_ok()
+    }
+
+    fn leave(&self) -> bool {
+        fs::write(self.parent.join("cgroup.procs"), getpid().as_raw_nonzero().to_string()).is_ok()
+    }
+
+    /// Whether it wanted more memory than it may have.
+    fn exceeded(&self) -> bool {
         let events = fs::read_to_string(self.path.join(self.names.events)).unwrap_or_default();
-        let kills = events.lines().find_map(|line| line.strip_prefix("oom_kill "));
-        kills.is_some_and(|kills| kills.trim() != "0")
+        let count = |name| events.lines().find_map(|line| line.strip_prefix(name));
+        ["oom_kill ", "under_oom "].into_iter().filter_map(count).any(|count| count.trim() != "0")
     }
 
     fn peak(&self) -> u64 {

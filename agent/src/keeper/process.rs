@@ -2,7 +2,7 @@
 
 use std::{
     fs::File,
-    io,
+    io::{self, Read},
     mem::MaybeUninit,
     os::{
         fd::{AsFd, AsRawFd, OwnedFd},
@@ -18,10 +18,13 @@ use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     io::{Errno, FdFlags, fcntl_setfd},
     net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendFlags, recvmsg, send},
-    process::{Pid, PidfdFlags, getpid, pidfd_open, set_child_subreaper, setsid},
+    process::{
+        Pid, PidfdFlags, Resource, Rlimit, getpid, getrlimit, pidfd_open, set_child_subreaper, setrlimit,
+        setsid,
+    },
 };
 
-use super::{LONGEST, Order, Program, Report, limit::Limit, tree};
+use super::{FDS, Order, Program, Report, limit::Limit, tree};
 
 /// How often memory is looked at.
 const SAMPLE: Timespec = Timespec { tv_sec: 0, tv_nsec: 20_000_000 };
@@ -32,13 +35,14 @@ const REAP: Timespec = Timespec { tv_sec: 1, tv_nsec: 0 };
 /// Keeps what the worker on descriptor 0 asks for, until the worker says so or is gone.
 pub(crate) fn main(scratch: &Path) -> io::Result<()> {
     let _ = setsid();
+    lower_descriptor_limit();
     set_child_subreaper(Some(getpid()))?;
     let socket = rustix::io::fcntl_dupfd_cloexec(io::stdin(), 3)?;
     rustix::stdio::dup2_stdin(File::open("/dev/null")?)?;
     let mut kept: Option<Kept> = None;
     loop {
         match next(&socket, kept.as_ref())? {
-            Next::Order(Order::Start(program), fds) => match start(&program, fds) {
+            Next::Order(Order::Start, fds) => match start(fds) {
                 Ok(started) => {
                     report(&socket, &Report::Started(started.pid.as_raw_nonzero().get()));
                     kept = Some(started);
@@ -76,6 +80,14 @@ pub(crate) fn main(scratch: &Path) -> io::Result<()> {
     }
 }
 
+/// The worker's process may have raised its limit, which is not for what calls start: programs that
+/// call `select` rely on the usual one.
+fn lower_descriptor_limit() {
+    let limit = getrlimit(Resource::Nofile);
+    let usual = limit.current.map(|current| current.min(1024));
+    let _ = setrlimit(Resource::Nofile, Rlimit { current: usual.or(Some(1024)), maximum: limit.maximum });
+}
+
 /// The runtime child.
 struct Kept {
     pid: Pid,
@@ -109,8 +121,8 @@ fn next(socket: &OwnedFd, kept: Option<&Kept>) -> io::Result<Next> {
 }
 
 fn receive(socket: &OwnedFd) -> io::Result<Next> {
-    let mut buffer = vec![0; LONGEST];
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(4))];
+    let mut buffer = vec![0; 64];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS))];
     let mut ancillary = RecvAncillaryBuffer::new(&mut space);
     let mut parts = [io::IoSliceMut::new(&mut buffer)];
     let len = match recvmsg(socket, &mut parts, &mut ancillary, RecvFlags::CMSG_CLOEXEC) {
@@ -130,12 +142,16 @@ fn receive(socket: &OwnedFd) -> io::Result<Next> {
     Ok(Next::Order(order, fds))
 }
 
-fn start(program: &Program, fds: Vec<OwnedFd>) -> io::Result<Kept> {
-    let [stdin, stdout, stderr, shared]: [OwnedFd; 4] =
+fn start(fds: Vec<OwnedFd>) -> io::Result<Kept> {
+    let [stdin, stdout, stderr, shared, described]: [OwnedFd; FDS] =
         fds.try_into().map_err(|_| io::Error::other("the worker sent no descriptors"))?;
+    let mut program = Vec::new();
+    File::from(described).read_to_end(&mut program)?;
+    let (program, _): (Program, _) = wire::decode(&program.into()).map_err(io::Error::other)?;
     // This process has one thread, so nobody else can inherit it meanwhile.
     fcntl_setfd(shared.as_fd(), FdFlags::empty())?;
-    let child = Command::new(&program.argv[0])
+    let mut command = Command::new(&program.argv[0]);
+    command
         .args(&program.argv[1..])
         .env_clear()
         .envs(&program.env)
@@ -144,10 +160,15 @@ fn start(program: &Program, fds: Vec<OwnedFd>) -> io::Result<Kept> {
         .process_group(0)
         .stdin(Stdio::from(stdin))
         .stdout(Stdio::from(stdout))
-        .stderr(Stdio::from(stderr))
-        .spawn()?;
+        .stderr(Stdio::from(stderr));
+    let (limit, child) = match program.memory {
+        Some(bytes) => {
+            let (limit, child) = Limit::around(bytes, || command.spawn());
+            (Some(limit), child?)
+        }
+        None => (None, command.spawn()?),
+    };
     let pid = Pid::from_child(&child);
-    let limit = program.memory.map(|bytes| Limit::new(bytes, pid));
     Ok(Kept { pid, pidfd: pidfd_open(pid, PidfdFlags::empty())?, limit, status: None })
 }
 

@@ -9,7 +9,7 @@ use burla_core::{
     envelope::{LogLine, Stream},
     record,
 };
-use bytes::Bytes;
+use bytes::{Buf, BufMut, Bytes, BytesMut};
 use rustix::pipe::{PipeFlags, pipe_with};
 use tokio::{
     net::{
@@ -38,6 +38,9 @@ const IDLE: Duration = Duration::from_millis(100);
 /// How soon again when the pipes were so full that whoever prints may have to wait.
 const FULL: Duration = Duration::from_millis(1);
 
+/// How long a child may take to end after it closed its channel, so that its own status is told.
+const LAST_BREATH: Duration = Duration::from_millis(100);
+
 /// How much a log pipe holds.
 const PIPE: usize = 256 << 10;
 
@@ -61,6 +64,8 @@ pub(crate) struct ChildRuntime {
     events: VecDeque<Event>,
     /// Whether the keeper has to be replaced before the next child.
     lost: bool,
+    /// How the child ended, while what it left is taken in.
+    ending: Option<Ended>,
     look_at: Instant,
 }
 
@@ -69,6 +74,10 @@ pub(crate) struct ChildRuntime {
 struct Child {
     from: OwnedReadHalf,
     to: OwnedWriteHalf,
+    /// What is still to be written to it: a batch may be larger than it takes at once.
+    outgoing: VecDeque<Bytes>,
+    /// After it closed its channel: when it is killed.
+    closed: Option<Instant>,
     reader: Reader,
     shared: Shared,
     /// Bytes of the window that were taken.
@@ -91,10 +100,18 @@ struct Logs {
 
 impl ChildRuntime {
     pub(crate) fn new(launch: Launch, keeper: Keeper) -> Self {
-        Self { launch, keeper, child: None, events: VecDeque::new(), lost: false, look_at: Instant::now() }
+        Self {
+            launch,
+            keeper,
+            child: None,
+            events: VecDeque::new(),
+            lost: false,
+            ending: None,
+            look_at: Instant::now(),
+        }
     }
 
-    async fn on_frame(&mut self, kind: Kind, payload: Bytes) -> io::Result<()> {
+    fn on_frame(&mut self, kind: Kind, payload: Bytes) -> io::Result<()> {
         let Some(child) = &mut self.child else { return Ok(()) };
         match kind {
             Kind::Written => child.take(&mut self.events),
@@ -103,7 +120,7 @@ impl ChildRuntime {
                 child.taken = 0;
                 child.seen = 0;
                 child.shared.store(Cell::Written, 0);
-                channel::send(&mut child.to, Kind::Continue, &[]).await?;
+                child.outgoing.extend(channel::frame(Kind::Continue, &[]));
             }
             Kind::Big => {
                 child.take(&mut self.events);
@@ -123,21 +140,18 @@ impl ChildRuntime {
                 self.events.push_back(Event::Unable(unable));
             }
             // What was printed while the function was loaded is of no call.
-            Kind::Ready => child.read_logs(&mut self.events),
+            Kind::Ready => child.end_logs(&mut self.events),
             Kind::Job | Kind::Batch | Kind::Continue => {}
         }
         Ok(())
     }
 
-    /// The child and all below it is gone: what it had sent, finished and printed is still there.
-    async fn on_ended(&mut self, ended: Ended) {
+    /// The child and all below it is gone: what it had sent, finished and printed is still there. Cancel-safe.
+    async fn take_the_rest(&mut self) {
         while let Some(child) = &mut self.child {
-            match child.reader.next(&mut child.from).await {
-                Ok(Some((kind, payload))) => {
-                    // The answer to it can't be sent any more.
-                    let _ = self.on_frame(kind, payload).await;
-                }
-                _ => break,
+            let Ok(Some((kind, payload))) = child.reader.next(&mut child.from).await else { break };
+            if self.on_frame(kind, payload).is_err() {
+                break;
             }
         }
         if let Some(child) = &mut self.child {
@@ -145,8 +159,10 @@ impl ChildRuntime {
             child.end_logs(&mut self.events);
             child.busy = false;
         }
-        self.lost = ended == Ended::Lost;
-        self.events.push_back(Event::Ended(ended));
+        if let Some(ended) = self.ending.take() {
+            self.lost = ended == Ended::Lost;
+            self.events.push_back(Event::Ended(ended));
+        }
     }
 }
 
@@ -161,22 +177,32 @@ impl Runtime for ChildRuntime {
         let (ours, theirs) = StdStream::pair()?;
         let (out, out_fd) = log_pipe()?;
         let (err, err_fd) = log_pipe()?;
-        self.keeper.run(self.launch.program.clone(), [theirs.into(), out_fd, err_fd, shared_fd])?;
-        ours.set_nonblocking(true)?;
-        let (from, mut to) = UnixStream::from_std(ours)?.into_split();
-        // It fits in the socket's buffer: nobody has to read it yet.
-        let sent = channel::send(&mut to, Kind::Job, &[self.launch.job.as_bytes()]).await;
-        if let Err(error) = sent
-            && error.kind() != io::ErrorKind::BrokenPipe
-        {
-            return Err(error);
+        let fds = [theirs.into(), out_fd, err_fd, shared_fd];
+        if self.keeper.run(&self.launch.program, &fds).is_err() {
+            // It died while it had nothing to keep.
+            self.keeper.replace()?;
+            self.keeper.run(&self.launch.program, &fds)?;
         }
+        ours.set_nonblocking(true)?;
+        let (from, to) = UnixStream::from_std(ours)?.into_split();
+        let job = Bytes::from(self.launch.job.clone());
+        let outgoing = channel::frame(Kind::Job, &[job]).into();
         let nonce = &self.launch.nonce;
         let pipes =
             [(out, Splitter::new(Stream::Stdout, nonce)), (err, Splitter::new(Stream::Stderr, nonce))];
         let logs = Logs { pipes, full: false, last: None };
-        self.child =
-            Some(Child { from, to, reader: Reader::default(), shared, taken: 0, seen: 0, busy: false, logs });
+        self.child = Some(Child {
+            from,
+            to,
+            outgoing,
+            closed: None,
+            reader: Reader::default(),
+            shared,
+            taken: 0,
+            seen: 0,
+            busy: false,
+            logs,
+        });
         Ok(())
     }
 
@@ -188,8 +214,12 @@ impl Runtime for ChildRuntime {
         child.shared.store(Cell::Limit, view.to.into());
         child.busy = true;
         self.look_at = self.look_at.min(Instant::now() + BUSY);
-        let (first, from, to) = (view.first.to_le_bytes(), view.from.to_le_bytes(), view.to.to_le_bytes());
-        channel::send(&mut child.to, Kind::Batch, &[&first, &from, &to, &view.inputs]).await
+        let mut head = BytesMut::new();
+        head.put_u64_le(view.first);
+        head.put_u32_le(view.from);
+        head.put_u32_le(view.to);
+        child.outgoing.extend(channel::frame(Kind::Batch, &[head.freeze(), view.inputs.clone()]));
+        Ok(())
     }
 
     async fn next(&mut self) -> Event {
@@ -197,24 +227,32 @@ impl Runtime for ChildRuntime {
             if let Some(event) = self.events.pop_front() {
                 return event;
             }
+            if self.ending.is_some() {
+                self.take_the_rest().await;
+                continue;
+            }
             let Some(child) = &mut self.child else { return std::future::pending().await };
-            let Child { from, reader, .. } = child;
+            let Child { from, to, outgoing, reader, closed, .. } = child;
+            let closed = *closed;
             tokio::select! {
                 biased;
-                frame = reader.next(from) => match frame {
+                frame = reader.next(from), if closed.is_none() => match frame {
                     Ok(Some((kind, payload))) => {
-                        if self.on_frame(kind, payload).await.is_err() {
+                        if self.on_frame(kind, payload).is_err() {
                             self.keeper.kill();
                         }
                     }
                     // It ended, or it closed what it should not have: either way it is of no use.
                     _ => {
-                        self.keeper.kill();
-                        let ended = self.keeper.ended().await;
-                        self.on_ended(ended).await;
+                        child.closed = Some(Instant::now() + LAST_BREATH);
                     }
                 },
-                ended = self.keeper.ended() => self.on_ended(ended).await,
+                ended = self.keeper.ended() => self.ending = Some(ended),
+                () = sleep_until(closed.unwrap_or_else(Instant::now)), if closed.is_some() => {
+                    child.closed = Some(Instant::now() + LAST_BREATH);
+                    self.keeper.kill();
+                }
+                _ = to.writable(), if !outgoing.is_empty() => child.write(),
                 () = sleep_until(self.look_at) => {
                     child.look(&mut self.events);
                     let pause = if child.logs.full { FULL } else if child.busy { BUSY } else { IDLE };
@@ -244,6 +282,21 @@ impl Runtime for ChildRuntime {
 impl Child {
     fn running(&self) -> Option<u64> {
         self.shared.load(Cell::Running).checked_sub(1)
+    }
+
+    /// Writes as much as it takes now.
+    fn write(&mut self) {
+        while let Some(part) = self.outgoing.front_mut() {
+            match self.to.try_write(part) {
+                Ok(written) => part.advance(written),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+                // It is gone, and its keeper says so.
+                Err(_) => return self.outgoing.clear(),
+            }
+            if part.is_empty() {
+                self.outgoing.pop_front();
+            }
+        }
     }
 
     /// Takes what is finished out of the window, behind the lines that belong to it.
@@ -306,7 +359,7 @@ impl Child {
         push_lines(events, lines);
     }
 
-    /// Reads what a dead child left.
+    /// Reads what is of no call that will still run.
     fn end_logs(&mut self, events: &mut VecDeque<Event>) {
         let mut lines = Vec::new();
         self.logs.read(&self.shared, &mut lines);

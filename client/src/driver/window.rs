@@ -12,7 +12,8 @@ use crate::packer::{Batch, Codec};
 /// the queue.
 const MESSAGES: usize = 3;
 
-/// Bytes of inputs that are under way, but for the first few messages.
+/// Bytes of inputs that are under way, but for the first two messages. An embedded queue takes more than
+/// that without waiting, so a driver that sends never waits for workers that wait for the driver.
 const BYTES: usize = 48 << 20;
 
 /// Keeps the inputs that are under way: they can be sent again until they have results.
@@ -38,8 +39,7 @@ impl Window {
 
     /// Whether more may be sent.
     pub(super) fn open(&self, slots: usize) -> bool {
-        let few = self.sent.len() < slots + 1;
-        few || (self.sent.len() < MESSAGES * slots && self.bytes < BYTES)
+        self.sent.len() < 2 || (self.sent.len() < MESSAGES * slots && self.bytes < BYTES)
     }
 
     pub(super) fn is_empty(&self) -> bool {
@@ -79,7 +79,7 @@ impl Window {
                 && let Some(sent) = self.sent.remove(&start)
             {
                 self.bytes -= sent.bytes;
-                self.done.push((start, sent.bytes > INLINE));
+                self.done.push((start, sent.batch.files.len() > 0 || sent.bytes > INLINE));
                 finished.push(sent.batch.ends.len());
             }
             at += covered;

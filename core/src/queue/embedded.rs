@@ -19,6 +19,10 @@ use tokio::{
 
 use super::{BATCH_MESSAGES, Delivery, Error, Queue, Receipt, check_limits};
 
+/// Bytes of messages that wait in one queue. Whoever sends more waits until some are received: the
+/// memory of one machine is not SQS.
+const FULL: usize = 64 << 20;
+
 /// Queues in memory. Bodies are shared, never copied; all time is tokio's, so a test may pause it.
 #[derive(Debug, Default)]
 pub struct Embedded {
@@ -63,7 +67,7 @@ impl Embedded {
                 state.hide(self.next_id(), message, now + sky.up_to(sky.weather.longest_delay));
             }
             sky => {
-                state.visible.push_back(message);
+                state.show(message);
                 if let Some(sky) = sky
                     && sky.chance(sky.weather.reorder)
                 {
@@ -125,6 +129,7 @@ impl Queue for Embedded {
         if let Some(named) = named {
             *named.lock() = State { deleted: true, ..State::default() };
             named.arrived.notify_one();
+            named.received.notify_waiters();
         }
         trip.back(()).await
     }
@@ -132,7 +137,9 @@ impl Queue for Embedded {
     async fn send(&self, queue: &str, bodies: &[Bytes]) -> Result<Vec<bool>, Error> {
         check_limits(bodies)?;
         let trip = self.depart().await?;
-        let accepted = self.named(queue)?.change(queue, |state, now| {
+        let named = self.named(queue)?;
+        named.room(queue).await?;
+        let accepted = named.change(queue, |state, now| {
             let mut send_one = |body: &Bytes| {
                 let accepted = !self.chance(|weather| weather.refuse);
                 if accepted {
@@ -162,6 +169,7 @@ impl Queue for Embedded {
                 let there = state.visible.len().min(max);
                 let portion = self.portion(there, wait);
                 let messages: Vec<_> = state.visible.drain(..portion).collect();
+                state.bytes -= messages.iter().map(|message| message.body.len()).sum::<usize>();
                 let deliver = |message| self.deliver(state, message, now, lease);
                 (messages.into_iter().map(deliver).collect::<Vec<_>>(), now)
             })?;
@@ -199,7 +207,7 @@ impl Queue for Embedded {
         let held = self.named(queue)?.change(queue, |state, now| {
             let mut extend_one = |receipt: &Receipt| match (id_of(receipt), state.release_receipt(receipt)) {
                 (Some(_), Some(message)) if lease.is_zero() => {
-                    state.visible.push_back(message);
+                    state.show(message);
                     true
                 }
                 (Some(id), Some(message)) => {
@@ -226,11 +234,15 @@ struct Named {
     arrived: Notify,
     /// A lease ends sooner than the timekeeper knows.
     sooner: Notify,
+    /// Messages were received, or the queue was deleted: whoever waits to send may look again.
+    received: Notify,
 }
 
 #[derive(Debug, Default)]
 struct State {
     visible: VecDeque<Message>,
+    /// Bytes of what is visible.
+    bytes: usize,
     /// What is leased or delayed, by the number of its delivery.
     hidden: HashMap<u64, (Instant, Message)>,
     /// When which of them becomes visible.
@@ -261,6 +273,7 @@ impl Named {
         let result =
             if state.deleted { Err(Error::NoQueue(queue.into())) } else { Ok(change(&mut state, now)) };
         let arrived = state.deleted || !state.visible.is_empty();
+        let room = state.deleted || state.bytes < FULL;
         let sooner = state.ends.first().is_some_and(|new| first.is_none_or(|old| *new < old));
         drop(state);
         if arrived {
@@ -269,7 +282,30 @@ impl Named {
         if sooner {
             self.sooner.notify_one();
         }
+        if room {
+            self.received.notify_waiters();
+        }
         result
+    }
+
+    /// Waits until the queue is not full.
+    async fn room(&self, queue: &str) -> Result<(), Error> {
+        loop {
+            let received = self.received.notified();
+            tokio::pin!(received);
+            received.as_mut().enable();
+            let full = {
+                let state = self.lock();
+                if state.deleted {
+                    return Err(Error::NoQueue(queue.into()));
+                }
+                state.bytes >= FULL
+            };
+            if !full {
+                return Ok(());
+            }
+            received.await;
+        }
     }
 
     /// Waits until looking again is worth it, at the latest until `deadline`.
@@ -294,6 +330,11 @@ impl Named {
 }
 
 impl State {
+    fn show(&mut self, message: Message) {
+        self.bytes += message.body.len();
+        self.visible.push_back(message);
+    }
+
     fn hide(&mut self, id: u64, message: Message, until: Instant) {
         self.ends.insert((until, id));
         self.hidden.insert(id, (until, message));
@@ -314,8 +355,9 @@ impl State {
         while let Some(&(end, id)) = self.ends.first()
             && end <= now
         {
-            let message = self.release(id);
-            self.visible.extend(message);
+            if let Some(message) = self.release(id) {
+                self.show(message);
+            }
         }
     }
 }
