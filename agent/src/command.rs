@@ -205,10 +205,15 @@ fn run(job: &Job, index: u64, input: &[u8]) -> Record {
     let outcome = match ended {
         Ok((status, output)) if status.success() => Outcome::Ok { result: output, nulled: false },
         Ok((status, output)) => Outcome::Failed { failure: failure(describe(status)), output },
-        Err(error) => Outcome::Failed {
-            failure: failure(format!("could not be started: {error}")),
-            output: Bytes::new(),
-        },
+        Err(error) => {
+            let unfit =
+                matches!(error.kind(), io::ErrorKind::ArgumentListTooLong | io::ErrorKind::InvalidInput);
+            let hint =
+                "the input does not fit into an argument: without any {} it goes to the command's stdin";
+            let mut failure = failure(format!("could not be started: {error}"));
+            failure.hint = unfit.then(|| hint.to_owned());
+            Outcome::Failed { failure, output: Bytes::new() }
+        }
     };
     Record { seconds, outcome }
 }

@@ -120,6 +120,8 @@ class Channel:
 
 def shared_memory():
     fd = int(os.environ.pop("BURLA_SHARED_FD"))
+    # A Python that the function starts shall not keep what it prints to itself.
+    os.environ.setdefault("PYTHONUNBUFFERED", "1")
     memory = mmap.mmap(fd, 0)
     os.close(fd)
     return memory

@@ -39,6 +39,7 @@ const SHARE_AFTER: Duration = Duration::from_millis(100);
 
 /// How long a worker that has shared takes no message: the others are to have it.
 const RESTRAINT: Duration = Duration::from_millis(200);
+const LONGEST_RESTRAINT: Duration = Duration::from_secs(10);
 
 /// How often a call whose process dies is repeated.
 const CRASH_REPEATS: u32 = 2;
@@ -77,6 +78,8 @@ pub(crate) struct State {
     idle_deaths: u32,
     /// No message is taken before.
     restraint: Option<Instant>,
+    /// How long the next restraint takes, while the same message is being worked on.
+    pause: Option<Duration>,
 }
 
 /// An input message that is being worked on.
@@ -252,6 +255,8 @@ impl Worker {
     async fn finish(&mut self) -> Result<(), Error> {
         self.outbox.flush().await?;
         if let Some(message) = self.state.message.take() {
+            self.state.pause = None;
+            self.state.restraint = self.state.restraint.map(|_| Instant::now());
             self.queue.acknowledge(&self.inputs, &[message.receipt]).await?;
             if self.spec.files {
                 self.files.clear(message.first, message.header.from..message.header.to).await;
@@ -354,8 +359,13 @@ impl Worker {
         };
         let when = if self.state.begun { "between calls" } else { "before the function was loaded" };
         let message = format!("{who} ended {when}: {}", why(ended));
-        let hint = "check that it is a working Python 3.9 or later (--python names another), and that the \
-                    function's file does not end the process when it is imported";
+        let hint = match ended {
+            Ended::Memory(_) => "give it more with --ram",
+            _ => {
+                "check that it is a working Python 3.9 or later (--python names another), and that the function's \
+                 file does not end the process when it is imported"
+            }
+        };
         Unable { message, hint: Some(hint.into()), traceback: None, usage: true }
     }
 
@@ -379,7 +389,7 @@ impl Worker {
                     mebibytes(limit)
                 ),
                 // The kernel let it have no more.
-                false => format!("reached the {} of memory that a call may use", mebibytes(limit)),
+                false => format!("used {} of memory, all that a call may use", mebibytes(limit)),
             };
             (FailureKind::Memory, task.over_memory <= MEMORY_REPEATS, why)
         } else {
@@ -448,6 +458,14 @@ impl Worker {
         let (Some(message), Some(running)) = (&self.state.message, &mut self.state.running) else {
             return Ok(());
         };
+        if running.began.elapsed() >= SHARE_AFTER
+            && let Some(delivery) = self.state.prefetched.take()
+        {
+            // It would wait here, while others may have nothing to do.
+            self.queue.extend(&self.inputs, &[delivery.receipt], Duration::ZERO).await?;
+            self.restrain(poll);
+            return Ok(());
+        }
         let Some((index, _)) = running.call else { return Ok(()) };
         let next = u32::try_from(index - message.first).unwrap_or(u32::MAX).saturating_add(1);
         let Some(from) = running.offer.take() else {
@@ -469,14 +487,20 @@ impl Worker {
         let header = InputHeader { from, to, attempts: 0, ..message.header.clone() };
         let offered = wire::encode(&header, &[&message.tail]);
         if self.renew().await? {
-            // Not to take it back at once.
-            *poll = None;
-            self.state.restraint = Some(Instant::now() + RESTRAINT);
             self.queue.send_all(&self.inputs, &[offered]).await?;
+            self.restrain(poll);
         } else if let Some(message) = &mut self.state.message {
             message.todo.push_back(Task::fresh(from, to));
         }
         Ok(())
+    }
+
+    /// Takes no message for a while, each time a longer one, so that others get what was left to them.
+    fn restrain(&mut self, poll: &mut Option<Poll>) {
+        *poll = None;
+        let pause = self.state.pause.unwrap_or(RESTRAINT);
+        self.state.restraint = Some(Instant::now() + pause);
+        self.state.pause = Some((2 * pause).min(LONGEST_RESTRAINT));
     }
 
     /// Notes which call runs, and stops one that takes too long.

@@ -60,13 +60,14 @@ pub(crate) fn main(arguments: &Map) -> ExitCode {
 }
 
 fn refuse(usage: &Usage) -> ExitCode {
-    Report::new(true, false).error(&usage.message, usage.hint.as_deref());
+    Report::new(true, false, false).error(&usage.message, usage.hint.as_deref());
     ExitCode::from(USAGE)
 }
 
 async fn run(plan: Plan, source: Source, output: Output) -> u8 {
     let interrupted = watch_signals();
-    let mut report = Report::new(plan.quiet, plan.show_index);
+    let lines_match = plan.options.ordered && !plan.is_command;
+    let mut report = Report::new(plan.quiet, plan.show_index, lines_match);
     let cluster = match Cluster::embedded().await {
         Ok(cluster) => cluster,
         Err(error) => return start_failed(&mut report, &error),

@@ -1,7 +1,7 @@
 //! What the user is told on stderr: where the job runs, what calls print, how it goes, how it ended.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeSet, HashMap},
     io::{self, IsTerminal, Write},
     time::Duration,
 };
@@ -25,6 +25,8 @@ pub(crate) struct Report {
     bar: Option<ProgressBar>,
     quiet: bool,
     show_index: bool,
+    /// Whether line i of the output is input i.
+    lines_match: bool,
     began: Instant,
     told: Instant,
     told_once: bool,
@@ -32,7 +34,8 @@ pub(crate) struct Report {
     pending: Vec<u8>,
     kinds: HashMap<String, Kind>,
     order: Vec<String>,
-    failed: Vec<u64>,
+    /// The first of them, by index.
+    failed: BTreeSet<u64>,
     failed_count: u64,
     nulled: bool,
 }
@@ -44,7 +47,7 @@ struct Kind {
 }
 
 impl Report {
-    pub(crate) fn new(quiet: bool, show_index: bool) -> Self {
+    pub(crate) fn new(quiet: bool, show_index: bool, lines_match: bool) -> Self {
         let bar = (!quiet && io::stderr().is_terminal()).then(|| {
             let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr_with_hz(10));
             let style = ProgressStyle::with_template("{bar:20} {wide_msg}");
@@ -56,13 +59,14 @@ impl Report {
             bar,
             quiet,
             show_index,
+            lines_match,
             began: now,
             told: now,
             told_once: false,
             pending: Vec::new(),
             kinds: HashMap::new(),
             order: Vec::new(),
-            failed: Vec::new(),
+            failed: BTreeSet::new(),
             failed_count: 0,
             nulled: false,
         }
@@ -101,8 +105,9 @@ impl Report {
     /// An input failed: the first of its kind is shown, the others are counted. Tells how many of its kind there are.
     pub(crate) fn failed(&mut self, index: u64, failure: &Failure) -> u64 {
         self.failed_count += 1;
-        if self.failed.len() < NAMED {
-            self.failed.push(index);
+        self.failed.insert(index);
+        if self.failed.len() > NAMED {
+            self.failed.pop_last();
         }
         let key = format!("{:?} {} {}", failure.kind, failure.type_name, failure.fingerprint);
         if let Some(kind) = self.kinds.get_mut(&key) {
@@ -209,8 +214,9 @@ impl Report {
             let more = if more > 0 { format!(" and {more} more") } else { String::new() };
             let records = failures.map_or(String::new(), |path| format!(", see {}", path.display()));
             let named = named.join(", ");
-            let lines = lines.join(", ");
-            let text = format!("{} failed: input {named} (line {lines}){more}{records}", self.failed_count);
+            let lines =
+                if self.lines_match { format!(" (line {})", lines.join(", ")) } else { String::new() };
+            let text = format!("{} failed: input {named}{lines}{more}{records}", self.failed_count);
             self.say(&text);
         }
         let plural = if count == 1 { "input" } else { "inputs" };

@@ -66,9 +66,7 @@ impl Cluster {
             Err(ControlError::Impossible { message }) => return Err(StartError::Impossible(message)),
             Err(error) => return Err(unavailable(error)),
         };
-        let (queue, store, control) = (self.queue.clone(), self.store.clone(), self.control.clone());
-        let alive = self.alive.subscribe();
-        Ok(Driver::start(id, codec, options, status, queue, store, control, alive))
+        Ok(Driver::start(id, codec, options, status, self))
     }
 
     /// Ends what runs in this process, and waits until it is gone.

@@ -33,6 +33,7 @@ use tokio::{
 
 use self::{ramp::Ramp, window::Window};
 use crate::{
+    cluster::Cluster,
     job::{Current, Error, Job, Line, Options, Output, Progress, Wait},
     logs::Logs,
     order::{Chunk, Content, Order},
@@ -101,11 +102,9 @@ impl Driver {
         codec: Codec,
         options: Options,
         status: JobStatus,
-        queue: Arc<dyn Queue>,
-        store: Arc<dyn ObjectStore>,
-        control: Arc<dyn Control>,
-        cluster: watch::Receiver<()>,
+        cluster: &Cluster,
     ) -> (Submitter, Job) {
+        let store = cluster.store.clone();
         let packer = Arc::new(Packer::new(job.clone(), codec, options.files, store.clone()));
         let progress = Arc::new(Mutex::new(Progress::default()));
         let (outputs, received) = mpsc::channel(OUTPUTS);
@@ -115,9 +114,9 @@ impl Driver {
             codec,
             with_input: options.with_input,
             queues: status.queues.clone(),
-            queue,
+            queue: cluster.queue.clone(),
             store,
-            control,
+            control: cluster.control.clone(),
             packer: packer.clone(),
             progress: progress.clone(),
             outputs,
@@ -132,7 +131,7 @@ impl Driver {
             lines: VecDeque::new(),
             failures: Vec::new(),
             unable: None,
-            cluster,
+            cluster: cluster.alive.subscribe(),
             staged: None,
             status,
             ping_at: Instant::now() + FIRST_PING,

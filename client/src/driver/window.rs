@@ -79,7 +79,7 @@ impl Window {
                 && let Some(sent) = self.sent.remove(&start)
             {
                 self.bytes -= sent.bytes;
-                self.done.push((start, sent.batch.files.len() > 0 || sent.bytes > INLINE));
+                self.done.push((start, !sent.batch.files.is_empty() || sent.bytes > INLINE));
                 finished.push(sent.batch.ends.len());
             }
             at += covered;
