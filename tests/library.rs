@@ -68,6 +68,7 @@ fn main() -> ExitCode {
     let mut failed = 0;
     for (name, test) in &chosen {
         let before = PANICS_ELSEWHERE.load(Ordering::Relaxed);
+        let _done = watch(name);
         let well = catch_unwind(test).is_ok() && PANICS_ELSEWHERE.load(Ordering::Relaxed) == before;
         failed += usize::from(!well);
         println!("test {name} ... {}", if well { "ok" } else { "FAILED" });
@@ -78,6 +79,20 @@ fn main() -> ExitCode {
         "\ntest result: {verdict}. {passed} passed; {failed} failed; 0 ignored; 0 measured; {others} filtered out\n"
     );
     if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+/// Ends the program if a test takes too long; one that has ended drops what this returns.
+fn watch(name: &'static str) -> mpsc::Sender<()> {
+    let (done, ended) = mpsc::channel();
+    std::thread::spawn(move || {
+        if ended.recv_timeout(LIMIT) == Err(mpsc::RecvTimeoutError::Timeout) {
+            println!(
+                "test {name} ... FAILED: it took longer than {LIMIT:?}\n\ntest result: FAILED. 0 passed; 1 failed"
+            );
+            std::process::exit(1);
+        }
+    });
+    done
 }
 
 /// Panics of threads that no test waits for: those of the library itself.

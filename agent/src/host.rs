@@ -93,7 +93,8 @@ impl WorkerHost for Tasks {
                 };
                 let folders = scratch.slot(&worker, bundle.as_deref())?;
                 let launch = launch(spec, bundle, &folders, &scratch, &reenter)?;
-                let keeper = Keeper::start(&reenter, scratch.path())?;
+                let keeper =
+                    Keeper::start(&reenter, scratch.path(), &format!("{SLOT_VARIABLE}={}", launch.nonce.0))?;
                 let runtime = Box::new(ChildRuntime::new(launch, keeper));
                 let worker = Worker {
                     job: job.clone(),
@@ -161,6 +162,7 @@ fn launch(
     let nonce = Nonce([random_name(&mut system_rng()), random_name(&mut system_rng())].concat());
     let files = spec.files.then(|| folders.files.clone());
     let mut env = environment(spec);
+    env.insert(SLOT_VARIABLE.into(), nonce.0.clone());
     env.insert("TMPDIR".into(), folders.temporary.display().to_string());
     let (argv, job) = match &spec.function {
         Function::Python { interpreter, path, source, name, spelled, origin } => {
@@ -214,6 +216,9 @@ const THREADS: [&str; 6] = [
     "POLARS_MAX_THREADS",
     "RAYON_NUM_THREADS",
 ];
+
+/// Marks all processes of a slot.
+const SLOT_VARIABLE: &str = "BURLA_SLOT";
 
 /// What a call sees of this machine's environment: where programs, the home and the language are.
 const KEPT: [&str; 8] = ["PATH", "HOME", "USER", "LOGNAME", "LANG", "LANGUAGE", "TZ", "LD_LIBRARY_PATH"];

@@ -23,7 +23,6 @@ use std::{
     },
     path::{Path, PathBuf},
     process::{ExitStatus, Stdio},
-    sync::atomic::{AtomicI32, Ordering},
     time::Duration,
 };
 
@@ -34,7 +33,6 @@ use rustix::net::{
     AddressFamily, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketFlags, SocketType,
     recv, sendmsg, socketpair,
 };
-use rustix::process::{Pid, Signal, kill_process_group};
 use serde::{Deserialize, Serialize};
 use tokio::{io::Interest, net::UnixStream};
 
@@ -73,8 +71,6 @@ pub(crate) struct Program {
 /// What a keeper tells its worker.
 #[derive(Debug, Serialize, Deserialize)]
 enum Report {
-    /// The runtime child was started; it leads a process group of this number.
-    Started(i32),
     /// The runtime child could not be started.
     NotStarted(String),
     /// The runtime child, and all that it left behind, is gone.
@@ -107,20 +103,20 @@ pub(crate) struct Keeper {
     process: std::process::Child,
     reenter: Reenter,
     scratch: PathBuf,
-    /// The process group of the runtime child, should the keeper be gone before it.
-    group: AtomicI32,
+    /// What stands in the environment of all that is kept, should the keeper be gone before it.
+    mark: String,
 }
 
 impl Keeper {
     /// Starts a keeper, which removes `scratch` should this process die without a word.
-    pub(crate) fn start(reenter: &Reenter, scratch: &Path) -> io::Result<Self> {
+    pub(crate) fn start(reenter: &Reenter, scratch: &Path, mark: &str) -> io::Result<Self> {
         let (socket, process) = Self::launch(reenter, scratch)?;
         Ok(Self {
             socket: Some(socket),
             process,
             reenter: reenter.clone(),
             scratch: scratch.to_owned(),
-            group: AtomicI32::new(0),
+            mark: mark.to_owned(),
         })
     }
 
@@ -176,23 +172,15 @@ impl Keeper {
 
     /// Waits until the runtime child and all its descendants are gone. Cancel-safe.
     pub(crate) async fn ended(&self) -> Ended {
-        loop {
-            return match self.report().await {
-                Ok(Report::Started(group)) => {
-                    self.group.store(group, Ordering::Relaxed);
-                    continue;
-                }
-                Ok(Report::NotStarted(why)) => Ended::NotStarted(why),
-                Ok(Report::Ended { exceeded: Some(bytes), .. }) => Ended::Memory(bytes),
-                Ok(Report::Ended { status, exceeded: None }) => Ended::Status(ExitStatus::from_raw(status)),
-                Err(_) => {
-                    // What it kept is nobody's now; most of it is in the child's process group.
-                    if let Some(group) = Pid::from_raw(self.group.swap(0, Ordering::Relaxed)) {
-                        let _ = kill_process_group(group, Signal::KILL);
-                    }
-                    Ended::Lost
-                }
-            };
+        match self.report().await {
+            Ok(Report::NotStarted(why)) => Ended::NotStarted(why),
+            Ok(Report::Ended { exceeded: Some(bytes), .. }) => Ended::Memory(bytes),
+            Ok(Report::Ended { status, exceeded: None }) => Ended::Status(ExitStatus::from_raw(status)),
+            Err(_) => {
+                // What it kept is nobody's now, but still carries the slot's mark.
+                tree::kill_marked(&self.mark);
+                Ended::Lost
+            }
         }
     }
 

@@ -43,10 +43,7 @@ pub(crate) fn main(scratch: &Path) -> io::Result<()> {
     loop {
         match next(&socket, kept.as_ref())? {
             Next::Order(Order::Start, fds) => match start(fds) {
-                Ok(started) => {
-                    report(&socket, &Report::Started(started.pid.as_raw_nonzero().get()));
-                    kept = Some(started);
-                }
+                Ok(started) => kept = Some(started),
                 Err(error) => report(&socket, &Report::NotStarted(error.to_string())),
             },
             Next::Order(Order::Kill, _) => {

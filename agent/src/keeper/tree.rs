@@ -64,6 +64,17 @@ pub(super) fn kill_all(main: Option<Pid>) -> Option<i32> {
     status
 }
 
+/// Kills every process that has `mark` in its environment.
+pub(super) fn kill_marked(mark: &str) {
+    for pid in numeric_entries() {
+        let environment = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+        let marked = environment.split(|byte| *byte == 0).any(|variable| variable == mark.as_bytes());
+        if let Some(pid) = Pid::from_raw(pid).filter(|_| marked) {
+            let _ = kill_process(pid, Signal::KILL);
+        }
+    }
+}
+
 /// Reaps what has ended. Gives the status of `main` if it is among them.
 pub(super) fn reap(main: Option<Pid>) -> Option<i32> {
     let mut status = None;

@@ -16,7 +16,7 @@ use tokio::{
         UnixStream,
         unix::{OwnedReadHalf, OwnedWriteHalf},
     },
-    time::{Instant, sleep_until},
+    time::{Instant, sleep_until, timeout},
 };
 
 use super::{Event, Runtime, View};
@@ -149,7 +149,10 @@ impl ChildRuntime {
     /// The child and all below it is gone: what it had sent, finished and printed is still there. Cancel-safe.
     async fn take_the_rest(&mut self) {
         while let Some(child) = &mut self.child {
-            let Ok(Some((kind, payload))) = child.reader.next(&mut child.from).await else { break };
+            // The end of the stream comes at once, unless its keeper was lost and something that the child
+            // left behind holds it.
+            let next = timeout(LAST_BREATH, child.reader.next(&mut child.from)).await;
+            let Ok(Ok(Some((kind, payload)))) = next else { break };
             if self.on_frame(kind, payload).is_err() {
                 break;
             }
