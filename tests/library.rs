@@ -54,7 +54,13 @@ fn main() -> ExitCode {
     burla::init();
     let args: Vec<String> = std::env::args().skip(1).collect();
     let has = |flag: &str| args.iter().any(|arg| arg == flag);
-    let filters: Vec<&String> = args.iter().filter(|arg| !arg.starts_with("--")).collect();
+    let before = std::iter::once("").chain(args.iter().map(String::as_str));
+    let is_value = |before: &str| ["--format", "--test-threads", "--color"].contains(&before);
+    let filters: Vec<&String> = before
+        .zip(&args)
+        .filter(|(before, arg)| !arg.starts_with('-') && !is_value(before))
+        .map(|(_, arg)| arg)
+        .collect();
     let wanted = |name: &str| {
         let fits = |filter: &&String| if has("--exact") { name == *filter } else { name.contains(*filter) };
         !has("--ignored") && (filters.is_empty() || filters.iter().any(fits))

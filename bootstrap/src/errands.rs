@@ -72,10 +72,12 @@ impl Hands {
                 let (hands, state, errand) = (self.clone(), state.clone(), errand.clone());
                 tasks.spawn(async move { (hands.run_one(&state, &errand).await, errand) });
             }
-            for (result, errand) in tasks.join_all().await {
-                match result {
-                    Ok(()) => drop(outcome.done.insert(errand)),
-                    Err(error) => outcome.failed.push((errand, error.to_string())),
+            while let Some(ended) = tasks.join_next().await {
+                match ended {
+                    Ok((Ok(()), errand)) => drop(outcome.done.insert(errand)),
+                    Ok((Err(error), errand)) => outcome.failed.push((errand, error.to_string())),
+                    // Cancelled, because this whole process is ending: it was not done.
+                    Err(_) => {}
                 }
             }
         }

@@ -76,6 +76,13 @@ struct Child {
     to: OwnedWriteHalf,
     /// What is still to be written to it: a batch may be larger than it takes at once.
     outgoing: VecDeque<Bytes>,
+    /// A batch that came before the function was loaded. No call begins until the worker has read what
+    /// was printed by then, which is of no call.
+    held: Vec<Bytes>,
+    /// How often it said that it is ready: once it is up, once the function is loaded.
+    readies: u32,
+    /// Index of the batch's first input.
+    first: u64,
     /// After it closed its channel: when it is killed.
     closed: Option<Instant>,
     reader: Reader,
@@ -132,6 +139,9 @@ impl ChildRuntime {
                 child.take(&mut self.events);
                 child.busy = false;
                 let reached = payload[..].try_into().map(u32::from_le_bytes).map_err(io::Error::other)?;
+                if let Some(last) = reached.checked_sub(1) {
+                    child.logs.last = Some(child.first + u64::from(last));
+                }
                 self.events.push_back(Event::Done(reached));
             }
             Kind::Unable => {
@@ -140,7 +150,13 @@ impl ChildRuntime {
                 self.events.push_back(Event::Unable(unable));
             }
             // What was printed while the function was loaded is of no call.
-            Kind::Ready => child.end_logs(&mut self.events),
+            Kind::Ready => {
+                child.readies += 1;
+                if child.loaded() {
+                    child.end_logs(&mut self.events);
+                    child.outgoing.extend(child.held.drain(..));
+                }
+            }
             Kind::Job | Kind::Batch | Kind::Continue => {}
         }
         Ok(())
@@ -198,6 +214,9 @@ impl Runtime for ChildRuntime {
             from,
             to,
             outgoing,
+            held: Vec::new(),
+            readies: 0,
+            first: 0,
             closed: None,
             reader: Reader::default(),
             shared,
@@ -221,7 +240,13 @@ impl Runtime for ChildRuntime {
         head.put_u64_le(view.first);
         head.put_u32_le(view.from);
         head.put_u32_le(view.to);
-        child.outgoing.extend(channel::frame(Kind::Batch, &[head.freeze(), view.inputs.clone()]));
+        child.first = view.first;
+        let frame = channel::frame(Kind::Batch, &[head.freeze(), view.inputs.clone()]);
+        if child.loaded() {
+            child.outgoing.extend(frame);
+        } else {
+            child.held = frame;
+        }
         Ok(())
     }
 
@@ -283,6 +308,10 @@ impl Runtime for ChildRuntime {
 }
 
 impl Child {
+    fn loaded(&self) -> bool {
+        self.readies >= 2
+    }
+
     fn running(&self) -> Option<u64> {
         self.shared.load(Cell::Running).checked_sub(1)
     }
