@@ -729,23 +729,33 @@ fn an_interrupt_is_heard_while_nobody_reads_the_results() {
     nothing_is_left(&burla);
 }
 
-#[test]
-fn a_second_interrupt_ends_it_at_once() {
+/// Interrupts burla while its keepers do not answer, which keeps it from ending in good order.
+fn interrupt_without_keepers(mut interrupt: impl FnMut(&Live)) {
     let burla = leaving("time.sleep(1000)");
     let mut live = start_leaving(&burla, &[]);
-    // Keepers that do not answer keep burla from ending in good order.
     let keepers = children(live.pid());
     keepers.iter().for_each(|pid| send(*pid, Signal::STOP));
+    live.signal(Signal::INT);
     let ended = eventually(Duration::from_secs(3), || {
-        live.signal(Signal::INT);
+        interrupt(&live);
         live.ended()
     });
     for pid in keepers.into_iter().filter(|pid| !gone(*pid)) {
         send(pid, Signal::CONT);
     }
-    assert!(ended, "it did not end however often it was interrupted");
+    assert!(ended, "it did not end");
     assert_eq!(live.wait().code, 130);
     nothing_is_left(&burla);
+}
+
+#[test]
+fn a_second_interrupt_ends_it_at_once() {
+    interrupt_without_keepers(|live| live.signal(Signal::INT));
+}
+
+#[test]
+fn an_interrupt_ends_it_although_its_processes_do_not_end() {
+    interrupt_without_keepers(|_| {});
 }
 
 #[test]

@@ -8,7 +8,7 @@ use tokio::{
     runtime::Runtime,
     signal::unix::{Signal, SignalKind, signal},
     sync::{oneshot, watch},
-    time::{Instant, MissedTickBehavior, interval, sleep_until},
+    time::{MissedTickBehavior, interval, timeout},
 };
 
 use crate::{
@@ -269,31 +269,33 @@ impl Run {
 /// process ends on the spot; its keepers end what it had started.
 fn watch_signals() -> watch::Receiver<Option<u8>> {
     let (tell, told) = watch::channel(None);
-    let of = |kind| signal(kind).ok();
-    let (mut interrupt, mut terminate) = (of(SignalKind::interrupt()), of(SignalKind::terminate()));
-    tokio::spawn(async move {
-        let mut deadline = None;
-        loop {
-            let code = tokio::select! {
-                biased;
-                () = received(&mut interrupt) => INTERRUPTED,
-                () = received(&mut terminate) => TERMINATED,
-                () = sleep_until(deadline.unwrap_or_else(Instant::now)), if deadline.is_some() => {
-                    told_code(&tell).unwrap_or(INTERRUPTED)
-                }
-            };
-            if deadline.is_some() {
-                std::process::exit(told_code(&tell).unwrap_or(code).into());
-            }
-            tell.send_replace(Some(code));
-            deadline = Some(Instant::now() + PATIENCE);
+    // On a thread of its own: the others may all be held up by what is slow to end.
+    std::thread::spawn(move || {
+        if let Ok(runtime) = tokio::runtime::Builder::new_current_thread().enable_all().build() {
+            let code = runtime.block_on(last_signal(&tell));
+            std::process::exit(code.into());
         }
     });
     told
 }
 
-fn told_code(tell: &watch::Sender<Option<u8>>) -> Option<u8> {
-    *tell.borrow()
+/// Tells the first signal, and waits for the second, or until patience ends.
+async fn last_signal(tell: &watch::Sender<Option<u8>>) -> u8 {
+    let of = |kind| signal(kind).ok();
+    let mut signals = (of(SignalKind::interrupt()), of(SignalKind::terminate()));
+    let first = next_signal(&mut signals).await;
+    tell.send_replace(Some(first));
+    // Whether it comes or not makes no difference.
+    let _ = timeout(PATIENCE, next_signal(&mut signals)).await;
+    first
+}
+
+async fn next_signal((interrupt, terminate): &mut (Option<Signal>, Option<Signal>)) -> u8 {
+    tokio::select! {
+        biased;
+        () = received(interrupt) => INTERRUPTED,
+        () = received(terminate) => TERMINATED,
+    }
 }
 
 /// Waits for the code that a signal asks for.
