@@ -9,7 +9,10 @@ use std::{
 use burla::{Options, Prepared};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-use crate::inputs::Format;
+use crate::{
+    inputs::{Format, Inputs, Layout},
+    usage::Usage,
+};
 
 const EXIT_CODES: &str = "\
 Exit codes:
@@ -153,25 +156,6 @@ enum LogPrefix {
     None,
 }
 
-/// Something that the user has to change.
-#[derive(Debug)]
-pub(crate) struct Usage {
-    pub(crate) message: String,
-    pub(crate) hint: Option<String>,
-}
-
-impl Usage {
-    pub(crate) fn new(message: impl Into<String>, hint: impl Into<String>) -> Self {
-        Self { message: message.into(), hint: Some(hint.into()) }
-    }
-}
-
-impl From<burla::PrepareError> for Usage {
-    fn from(error: burla::PrepareError) -> Self {
-        Self { message: error.message, hint: error.hint }
-    }
-}
-
 /// What is to be done: checked, but for what only reading the inputs can tell.
 pub(crate) struct Plan {
     pub(crate) function: Prepared,
@@ -184,13 +168,6 @@ pub(crate) struct Plan {
     pub(crate) show_index: bool,
     pub(crate) quiet: bool,
     pub(crate) stop: Stop,
-}
-
-/// Where inputs come from.
-pub(crate) enum Inputs {
-    Stdin(Format),
-    File(PathBuf, Format),
-    Files(Vec<String>),
 }
 
 /// When a job is stopped before its end.
@@ -277,10 +254,7 @@ impl Map {
     }
 
     fn inputs(&self, file: Option<&str>, is_command: bool) -> Result<Inputs, Usage> {
-        let usual = Format {
-            layout: if is_command { crate::inputs::Layout::Lines } else { crate::inputs::Layout::Jsonl },
-            gzip: false,
-        };
+        let usual = Format { layout: if is_command { Layout::Lines } else { Layout::Jsonl }, gzip: false };
         if !self.files.is_empty() {
             if let Some(file) = file {
                 return Err(Usage::new(

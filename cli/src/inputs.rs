@@ -4,7 +4,7 @@ use std::{
     fmt,
     fs::File,
     io::{self, BufRead, BufReader, Read},
-    path::Path,
+    path::{Path, PathBuf},
     str::FromStr,
 };
 
@@ -13,10 +13,17 @@ use flate2::read::MultiGzDecoder;
 use serde::de::{Deserializer as _, SeqAccess, Visitor};
 use serde_json::value::RawValue;
 
-use crate::args::{Inputs, Usage};
+use crate::usage::Usage;
 
 /// Bytes that are read at once.
 const CHUNK: usize = 256 << 10;
+
+/// Where inputs come from.
+pub(crate) enum Inputs {
+    Stdin(Format),
+    File(PathBuf, Format),
+    Files(Vec<String>),
+}
 
 /// How inputs are written down.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

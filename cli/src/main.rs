@@ -5,6 +5,7 @@ mod inputs;
 mod map;
 mod output;
 mod report;
+mod usage;
 
 use std::process::ExitCode;
 

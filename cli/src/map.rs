@@ -12,10 +12,11 @@ use tokio::{
 };
 
 use crate::{
-    args::{Map, Plan, Stop, Usage},
+    args::{Map, Plan, Stop},
     inputs::{Source, Stopped},
     output::Output,
     report::Report,
+    usage::Usage,
 };
 
 /// Exit codes, as `--help` lists them.

@@ -9,7 +9,10 @@ use std::{
 use burla::{Finished, Outcome};
 use serde_json::value::RawValue;
 
-use crate::args::{OutputFormat, Plan, Usage};
+use crate::{
+    args::{OutputFormat, Plan},
+    usage::Usage,
+};
 
 /// Where results go.
 pub(crate) struct Output {

@@ -11,7 +11,7 @@ use burla_core::job::Blob;
 use bytes::Bytes;
 use sha2::{Digest, Sha256};
 
-use crate::function::PrepareError;
+use crate::error::PrepareError;
 
 /// Collects files by where they arrive.
 #[derive(Debug)]

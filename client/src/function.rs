@@ -7,6 +7,7 @@ use bytes::Bytes;
 
 use crate::{
     bundle::{self, Bundle},
+    error::PrepareError,
     packer::Codec,
     python as source,
 };
@@ -17,22 +18,6 @@ pub struct Prepared {
     pub(crate) function: Function,
     pub(crate) blob: Option<Blob>,
     pub(crate) bundle: Option<Bytes>,
-}
-
-/// Why a function can't be used.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{message}")]
-pub struct PrepareError {
-    /// What is wrong.
-    pub message: String,
-    /// What to do about it.
-    pub hint: Option<String>,
-}
-
-impl PrepareError {
-    pub(crate) fn new(message: impl Into<String>, hint: impl Into<String>) -> Self {
-        Self { message: message.into(), hint: Some(hint.into()) }
-    }
 }
 
 impl Prepared {

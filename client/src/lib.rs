@@ -36,6 +36,7 @@ mod cluster;
 mod driver;
 #[cfg(feature = "embedded")]
 mod embedded;
+mod error;
 mod function;
 mod job;
 mod logs;
@@ -50,6 +51,7 @@ pub use burla_core::{
 pub use cluster::Cluster;
 #[cfg(feature = "embedded")]
 pub use embedded::init;
-pub use function::{PrepareError, Prepared, command, python};
+pub use error::PrepareError;
+pub use function::{Prepared, command, python};
 pub use job::{Error, Event, Finished, Job, Line, Options, Outcome, Progress, StartError, Wait};
 pub use packer::{Input, PushError, Submitter};

@@ -6,7 +6,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use crate::function::PrepareError;
+use crate::error::PrepareError;
 
 /// The interpreter: `wanted` if there is one, else `python3` or `python` on `PATH`.
 pub(crate) fn interpreter(wanted: Option<&Path>) -> Result<PathBuf, PrepareError> {
