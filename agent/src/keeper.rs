@@ -49,7 +49,7 @@ enum Order {
     Start,
     /// Kill all that was started.
     Kill,
-    /// End without touching the scratch folder: the worker ends in good order.
+    /// End: the worker ends in good order.
     Leave,
 }
 
@@ -108,7 +108,7 @@ pub(crate) struct Keeper {
 }
 
 impl Keeper {
-    /// Starts a keeper, which removes `scratch` should this process die without a word.
+    /// Starts a keeper, which removes `scratch` should this process have died.
     pub(crate) fn start(reenter: &Reenter, scratch: &Path, mark: &str) -> io::Result<Self> {
         let (socket, process) = Self::launch(reenter, scratch)?;
         Ok(Self {

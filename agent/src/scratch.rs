@@ -153,14 +153,22 @@ fn lock(folder: &Path) -> Option<File> {
     ((ours.dev(), ours.ino()) == (there.dev(), there.ino())).then_some(file)
 }
 
+/// Removes a scratch folder whose process is gone. Tells whether it is not there any more.
+pub(crate) fn remove_abandoned(folder: &Path) -> bool {
+    if lock(folder).is_some() {
+        let _ = fs::remove_dir_all(folder);
+    }
+    !folder.exists()
+}
+
 /// Removes scratch folders of this user that nobody has locked.
 fn sweep(place: &Path) {
     let own = getuid().as_raw();
     for entry in fs::read_dir(place).into_iter().flatten().flatten() {
         let named = entry.file_name().to_str().is_some_and(|name| name.starts_with(PREFIX));
         let ours = entry.metadata().is_ok_and(|metadata| metadata.is_dir() && metadata.uid() == own);
-        if named && ours && lock(&entry.path()).is_some() {
-            let _ = fs::remove_dir_all(entry.path());
+        if named && ours {
+            remove_abandoned(&entry.path());
         }
     }
 }

@@ -214,7 +214,14 @@ impl Worker {
         }
         let body = match &header.body {
             Body::Inline => tail.clone(),
-            Body::Object { key, .. } => self.store.get(key, None).await?.content,
+            Body::Object { key, .. } => match self.store.get(key, None).await {
+                // The client deletes a batch when all of it has results: this delivery came late.
+                Err(store::Error::NotFound(_)) => {
+                    self.queue.acknowledge(&self.inputs, &[delivery.receipt]).await?;
+                    return Ok(());
+                }
+                object => object?.content,
+            },
         };
         let inputs = body.slice(..usize::try_from(header.inputs_len).unwrap_or(usize::MAX).min(body.len()));
         self.files.lay(&header, body.slice(inputs.len()..), &*self.store).await?;

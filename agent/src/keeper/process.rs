@@ -10,6 +10,7 @@ use std::{
     },
     path::Path,
     process::{Command, Stdio},
+    time::Duration,
 };
 
 use burla_core::wire;
@@ -25,6 +26,7 @@ use rustix::{
 };
 
 use super::{FDS, Order, Program, Report, limit::Limit, tree};
+use crate::scratch;
 
 /// How often memory is looked at.
 const SAMPLE: Timespec = Timespec { tv_sec: 0, tv_nsec: 20_000_000 };
@@ -53,12 +55,21 @@ pub(crate) fn main(scratch: &Path) -> io::Result<()> {
             }
             Next::Order(Order::Leave, _) => {
                 tree::kill_all(None);
+                drop(kept);
+                // The worker's process goes on, or removes it itself, unless it died since.
+                scratch::remove_abandoned(scratch);
                 return Ok(());
             }
             Next::Gone => {
                 tree::kill_all(None);
                 drop(kept);
-                let _ = std::fs::remove_dir_all(scratch);
+                // A dying process closes its sockets a moment before it lets go of its locks, or after.
+                for _ in 0..500 {
+                    if scratch::remove_abandoned(scratch) {
+                        break;
+                    }
+                    tree::pause(Duration::from_millis(2));
+                }
                 return Ok(());
             }
             Next::Look => {
