@@ -62,7 +62,7 @@ fn the_first_of_equal_tracebacks_is_shown_and_the_others_are_counted() {
     );
     assert_eq!(output.stderr.matches("Traceback").count(), 2, "{}", output.stderr);
     assert_told(&output, "burla: 4 inputs failed like this: ValueError: ");
-    assert_told(&output, "5 failed: input 1, 3, 5, 7, 9 (line 2, 4, 6, 8, 10)");
+    assert_told(&output, "5 failed: input 1, 3, 5, 7, 9 (output line 2, 4, 6, 8, 10)");
     assert!(!output.stderr.contains("runner"), "{}", output.stderr);
     let told: Vec<_> = failures(&burla).iter().map(|r| r["error"]["message"].clone()).collect();
     assert_eq!(told, ["1 is odd", "3 is odd", "'missing'", "7 is odd", "9 is odd"]);
@@ -173,7 +173,7 @@ fn one_bad_input_among_good_ones_keeps_none_of_them_back() {
     let (output, calls) = run_counted(&counted("\n    if x == 150: raise ValueError(x)"), &[], 400);
     assert_eq!((output.code, calls), (1, 400), "{}", output.stderr);
     assert_eq!(output.stdout, numbers(400).replace("\n150\n", "\nnull\n"));
-    assert_told(&output, "1 failed: input 150 (line 151)");
+    assert_told(&output, "1 failed: input 150 (output line 151)");
     // Commands alike.
     let output = Burla::new().map(["--", "sh", "-c", "test {} != 3 && echo {}"]).stdin(numbers(6)).run();
     assert_eq!((output.code, output.stdout.as_str()), (1, "0\n1\n2\n4\n5\n"), "{}", output.stderr);
@@ -383,7 +383,7 @@ fn an_input_that_python_cannot_read_only_fails_itself() {
     let burla = with("def f(x):\n    return 1\n");
     let output = burla.map(["f.py:f"]).stdin(format!("1\n{deep}\n3\n")).run();
     assert_eq!((output.code, output.stdout.as_str()), (1, "1\nnull\n1\n"), "{}", output.stderr);
-    assert_told(&output, "1 failed: input 1 (line 2)");
+    assert_told(&output, "1 failed: input 1 (output line 2)");
     assert!(!output.stderr.contains("decoder.py"), "frames that are not the user's: {}", output.stderr);
 }
 

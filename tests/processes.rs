@@ -221,7 +221,7 @@ fn after_three_deaths_an_input_fails_with_the_reason() {
         let output = map(&burla, &["f.py:f"]).stdin(numbers(300)).run();
         expect(&output, 1, &numbers_without(300, &[77]));
         says(&output, reason);
-        says(&output, "1 failed: input 77 (line 78)");
+        says(&output, "1 failed: input 77 (output line 78)");
         assert_eq!(not_once(&burla, 300), [(77, 3)].into(), "{death}");
     }
 }
@@ -303,7 +303,7 @@ fn a_call_that_takes_too_long_is_stopped_and_its_slot_works_on() {
     expect(&output, 1, &numbers_without(20, &[2, 4, 6]));
     assert_eq!(not_once(&burla, 20), BTreeMap::new());
     says(&output, "took longer than 300ms");
-    says(&output, "3 failed: input 2, 4, 6 (line 3, 5, 7)");
+    says(&output, "3 failed: input 2, 4, 6 (output line 3, 5, 7)");
     nothing_is_left(&burla);
 }
 
@@ -756,6 +756,32 @@ fn a_second_interrupt_ends_it_at_once() {
 #[test]
 fn an_interrupt_ends_it_although_its_processes_do_not_end() {
     interrupt_without_keepers(|_| {});
+}
+
+#[test]
+fn thousands_of_processes_and_files_do_not_stay() {
+    // So many that burla may not see the end of them before it has to end itself.
+    let burla = with(
+        r#"
+def f(x):
+    for i in range(1500):
+        if os.fork() == 0:
+            if i % 2:
+                os.setsid()
+            time.sleep(1000)
+    note("pids", os.getpid())
+    while True:
+        os.makedirs(f"{os.environ['TMPDIR']}/{time.time()}/a/b", exist_ok=True)
+"#,
+    );
+    let live = map(&burla, &["f.py:f"]).stdin(numbers(2)).spawn();
+    let slots = cores().min(2);
+    wait_until("the calls have started all", LIMIT, || pids(&burla).len() == slots);
+    let began = now();
+    live.signal(Signal::INT);
+    assert_eq!(live.wait().code, 130);
+    assert!(began.elapsed() < Duration::from_secs(3), "{:?}", began.elapsed());
+    nothing_is_left(&burla);
 }
 
 #[test]

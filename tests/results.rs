@@ -60,7 +60,7 @@ fn unordered_results_are_the_same_ones_as_they_finish() {
 fn a_failed_input_is_null_and_the_summary_names_it() {
     let output = with(EVEN).map(["f.py:even"]).stdin(numbers(6)).run();
     expect(&output, 1, "0\nnull\n20\nnull\n40\nnull\n");
-    assert!(output.stderr.contains("3 failed: input 1, 3, 5 (line 2, 4, 6)"), "{}", output.stderr);
+    assert!(output.stderr.contains("3 failed: input 1, 3, 5 (output line 2, 4, 6)"), "{}", output.stderr);
     assert!(output.stderr.contains("6 inputs in "), "{}", output.stderr);
 }
 
@@ -68,7 +68,7 @@ fn a_failed_input_is_null_and_the_summary_names_it() {
 fn many_failed_inputs_are_not_all_named() {
     let output = with(EVEN).map(["f.py:even"]).stdin(numbers(60)).run();
     assert_eq!(output.code, 1, "{}", output.stderr);
-    let named = "30 failed: input 1, 3, 5, 7, 9, 11, 13, 15, 17, 19 (line 2, 4, 6, 8, 10, 12, 14, 16, 18, 20) and 20 more";
+    let named = "30 failed: input 1, 3, 5, 7, 9, 11, 13, 15, 17, 19 (output line 2, 4, 6, 8, 10, 12, 14, 16, 18, 20) and 20 more";
     assert!(output.stderr.contains(named), "{}", output.stderr);
 }
 

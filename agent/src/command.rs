@@ -210,8 +210,13 @@ fn run(job: &Job, index: u64, input: &[u8]) -> Record {
                 matches!(error.kind(), io::ErrorKind::ArgumentListTooLong | io::ErrorKind::InvalidInput);
             let hint =
                 "the input does not fit into an argument: without any {} it goes to the command's stdin";
-            let mut failure = failure(format!("could not be started: {error}"));
-            failure.hint = unfit.then(|| hint.to_owned());
+            let mut failure = failure(format!("{} could not be started: {error}", job.argv[0]));
+            failure.hint = if unfit {
+                Some(hint.to_owned())
+            } else {
+                let shell = job.argv.len() == 1 && job.argv[0].contains(' ');
+                shell.then(|| format!("for a shell to read it, write -- sh -c '{}'", job.argv[0]))
+            };
             Outcome::Failed { failure, output: Bytes::new() }
         }
     };

@@ -168,6 +168,8 @@ pub(crate) struct Plan {
     pub(crate) show_index: bool,
     pub(crate) quiet: bool,
     pub(crate) stop: Stop,
+    /// What the user may not have meant.
+    pub(crate) notes: Vec<String>,
 }
 
 /// When a job is stopped before its end.
@@ -222,12 +224,26 @@ impl Map {
             output_format: self.output_format,
             show_index: self.log_prefix == LogPrefix::Index,
             quiet: self.quiet,
+            notes: self.notes(),
             stop: match (self.fail_fast, self.keep_going) {
                 (true, _) => Stop::AtFirst,
                 (_, true) => Stop::Never,
                 _ => Stop::IfAllAlike,
             },
         })
+    }
+
+    /// Arguments of a command that are files here, and will not be where it runs.
+    fn notes(&self) -> Vec<String> {
+        let stays = |argument: &&String| {
+            let path = Path::new(argument);
+            path.is_relative()
+                && path.is_file()
+                && !self.include.iter().any(|included| path.starts_with(included))
+        };
+        let note =
+            |argument: &String| format!("note: {argument} is not sent along; --include {argument} does that");
+        self.command.iter().skip(1).filter(stays).map(note).collect()
     }
 
     /// What is written must not be what is read.

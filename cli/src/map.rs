@@ -79,6 +79,7 @@ async fn run(plan: Plan, source: Source, output: Output) -> u8 {
         Err(error) => return start_failed(&mut report, &error),
     };
     report.remark(&place);
+    plan.notes.iter().for_each(|note| report.remark(note));
     report.flush();
     let (stopped, read) = oneshot::channel();
     std::thread::spawn(move || {
@@ -152,7 +153,8 @@ impl Run {
                 let Some(event) = job.try_next() else { break };
                 self.take(event, &mut job, &mut error);
             }
-            if let Err(failed) = self.output.flush() {
+            let Self { report, output, .. } = self;
+            if let Err(failed) = report.around(|| output.flush()) {
                 self.on_write_error(&failed, &job);
             }
             let progress = job.progress();

@@ -154,6 +154,14 @@ impl Report {
         self.flush();
     }
 
+    /// Does what may write to the terminal that the bar is on.
+    pub(crate) fn around<T>(&self, write: impl FnOnce() -> T) -> T {
+        match &self.bar {
+            Some(bar) if io::stdout().is_terminal() => bar.suspend(write),
+            _ => write(),
+        }
+    }
+
     /// Writes out what there is to say.
     pub(crate) fn flush(&mut self) {
         if self.pending.is_empty() {
@@ -184,7 +192,8 @@ impl Report {
         match &progress.wait {
             Some(Wait::Cluster(what)) => status += &format!("; waiting: {what}"),
             Some(Wait::Input { index, behind }) => {
-                status += &format!("; {behind} results wait for input {index}");
+                let results = if *behind == 1 { "result waits" } else { "results wait" };
+                status += &format!("; {behind} {results} for input {index}");
             }
             _ => {}
         }
@@ -215,13 +224,18 @@ impl Report {
             let records = failures.map_or(String::new(), |path| format!(", see {}", path.display()));
             let named = named.join(", ");
             let lines =
-                if self.lines_match { format!(" (line {})", lines.join(", ")) } else { String::new() };
+                if self.lines_match { format!(" (output line {})", lines.join(", ")) } else { String::new() };
             let text = format!("{} failed: input {named}{lines}{more}{records}", self.failed_count);
             self.say(&text);
         }
         let plural = if count == 1 { "input" } else { "inputs" };
-        let stopped = if cancelled { "stopped after " } else { "" };
-        self.remark(&format!("{stopped}{count} {plural} in {}", duration(seconds)));
+        let seconds = duration(seconds);
+        if cancelled && count > 0 {
+            let read = progress.submitted;
+            self.remark(&format!("stopped after {count} {plural} of {read} that were read, in {seconds}"));
+        } else if !cancelled {
+            self.remark(&format!("{count} {plural} in {seconds}"));
+        }
         self.flush();
     }
 

@@ -207,7 +207,9 @@ impl Queue for Embedded {
         let held = self.named(queue)?.change(queue, |state, now| {
             let mut extend_one = |receipt: &Receipt| match (id_of(receipt), state.release_receipt(receipt)) {
                 (Some(_), Some(message)) if lease.is_zero() => {
-                    state.show(message);
+                    // Before the others, as it was: else what is given back again and again starves.
+                    state.bytes += message.body.len();
+                    state.visible.push_front(message);
                     true
                 }
                 (Some(id), Some(message)) => {
