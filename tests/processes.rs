@@ -434,7 +434,7 @@ fn memory_is_limited_without_cgroups() {
         let run = burla.program("unshare").args(["-m", "sh", "-c", hide, "sh"]);
         run.args([binary()]).args(["map"]).args(args).env("TMPDIR", burla.path("tmp"))
     };
-    memory_is_limited(&burla, hidden, 201..600);
+    memory_is_limited(&burla, hidden, 200..600);
 }
 
 #[test]
