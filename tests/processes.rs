@@ -777,8 +777,11 @@ def f(x):
     let live = map(&burla, &["f.py:f"]).stdin(numbers(2)).spawn();
     let slots = cores().min(2);
     wait_until("the calls have started all", LIMIT, || pids(&burla).len() == slots);
+    let began = now();
     live.signal(Signal::INT);
+    // Its end, and that of its pipes: what it leaves to its keepers to end does not hold them.
     assert_eq!(live.wait().code, 130);
+    assert!(began.elapsed() < Duration::from_secs(3), "{:?}", began.elapsed());
     nothing_is_left(&burla);
 }
 

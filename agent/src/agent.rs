@@ -1,6 +1,12 @@
 //! The agent: does on one node what main_service orders.
 
-use std::{collections::HashMap, future::Future, sync::Arc, time::Duration};
+use std::{
+    collections::HashMap,
+    future::Future,
+    pin::{Pin, pin},
+    sync::Arc,
+    time::Duration,
+};
 
 use burla_core::{
     clock::Clock,
@@ -65,18 +71,22 @@ impl Agent {
     /// Reports for duty, then follows orders until the control queue is gone or `shutdown` is ready. Then
     /// it ends its workers, with all that they started.
     pub async fn run(mut self, shutdown: impl Future<Output = ()> + Send) {
-        tokio::select! {
-            biased;
-            () = shutdown => {}
-            () = self.serve() => {}
-        }
+        self.serve(pin!(shutdown)).await;
         self.follow(Vec::new()).await;
     }
 
-    async fn serve(&mut self) {
+    /// Returns only between two steps: workers that are being ended are not left half-way.
+    async fn serve(&mut self, mut shutdown: Pin<&mut (impl Future<Output = ()> + Send)>) {
         let ready = Request::NodeReady { node: self.config.node.clone(), capacity: self.config.capacity };
-        while self.control.call(ready.clone()).await.is_err() {
-            tokio::time::sleep(Duration::from_secs(1)).await;
+        let report = async {
+            while self.control.call(ready.clone()).await.is_err() {
+                tokio::time::sleep(Duration::from_secs(1)).await;
+            }
+        };
+        tokio::select! {
+            biased;
+            () = &mut shutdown => return,
+            () = report => {}
         }
         let mut look = interval(LOOK);
         look.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -89,6 +99,7 @@ impl Agent {
         loop {
             tokio::select! {
                 biased;
+                () = &mut shutdown => return,
                 deliveries = &mut polled => {
                     match deliveries {
                         Ok(deliveries) => self.on_messages(deliveries).await,

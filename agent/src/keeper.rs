@@ -139,6 +139,8 @@ impl Keeper {
             .arg(scratch)
             .stdin(Stdio::from(theirs))
             .stdout(Stdio::null())
+            // It may outlive this process for a moment: whoever reads our stderr shall not wait for it.
+            .stderr(Stdio::null())
             .spawn()?;
         Ok((UnixStream::from_std(ours)?, process))
     }
